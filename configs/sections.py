@@ -1,0 +1,113 @@
+"""Pieces that several configs share. A config is a dict of literals; its docstring documents it.
+
+Sections: `phase`, `seed`, `dtype` (of the computation); `data`; the networks (`first_stage`,
+`conditioning`, `unet`); the loss (`loss` | `diffusion`, `latents`); `optim`, `train`, `mesh`;
+`sample` (previews, and the defaults of the verb); and `run`: how long, how often and from where,
+which may change when a run is resumed.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from latent_diffusion_jax.errors import choose
+
+
+def make(arg, variants, **sections):
+    """The config of `sections`, changed by the variant that `arg` names: dotted key -> value."""
+    config = ConfigDict(dict(seed=0, dtype="float32", mesh=dict(data=-1, fsdp=1), **sections))
+    changes = choose("config argument", arg, {"": {}, **variants})
+    with config.unlocked():
+        for key, value in changes.items():
+            section, _, name = key.rpartition(".")
+            target = config
+            for part in filter(None, section.split(".")):
+                target = target[part]
+            target[name] = value
+    return config
+
+
+def shapes(image_size, **changes):
+    """The embedded data set."""
+    source = dict(name="shapes", image_size=image_size, size=16_384, seed=0, shapes=(1, 1))
+    return dict(source={**source, **changes}, image_size=image_size, crop="center", flip=False)
+
+
+def folder(image_size):
+    """A folder of images: --config.data.source.path=DIR."""
+    source = dict(name="folder", path="", unreadable="error", validation_fraction=0.05)
+    return dict(source=source, image_size=image_size, crop="random", flip=True)
+
+
+def adam(lr, **changes):
+    """The first stages' optimiser, as published."""
+    section = dict(name="adam", lr=lr, b1=0.5, b2=0.9, eps=1e-8, clip_norm=0.0)
+    return {**section, "schedule": dict(name="constant"), **changes}
+
+
+def adamw(lr, **changes):
+    """The diffusion models' optimiser, as published: PyTorch's defaults."""
+    section = dict(
+        name="adamw", lr=lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=0.0
+    )
+    return {**section, "schedule": dict(name="constant"), **changes}
+
+
+def cosine(steps, warm_up_steps):
+    """From 0 to the base rate and back to 1 % of it."""
+    return dict(
+        name="warmup_cosine",
+        warm_up_steps=warm_up_steps,
+        lr_start=0.0,
+        lr_max=1.0,
+        lr_min=0.01,
+        max_decay_steps=steps,
+    )
+
+
+def diffusion(**changes):
+    """The published objective, and the condition dropout that guidance needs."""
+    section = dict(
+        schedule=dict(name="linear", timesteps=1000, linear_start=0.0015, linear_end=0.0195),
+        prediction="eps",
+        loss="l2",
+        weighting="uniform",
+        condition_dropout=0.1,
+    )
+    return {**section, **changes}
+
+
+def latents(source="online"):
+    """ "online" (encoded in each step) or "cache" (see the verb `encode`); scale None: measured."""
+    return dict(source=source, scale=config_dict.placeholder(float))
+
+
+def sample(scale, **changes):
+    """50 deterministic DDIM steps with guidance."""
+    section = dict(
+        sampler="ddim", options=dict(eta=0.0), steps=50, timesteps="uniform", scale=scale
+    )
+    return {**section, **changes}
+
+
+def run(**changes):
+    """In steps; `first_stage` is the workdir of phase 1 that phase 2 starts from."""
+    section = dict(
+        steps=100_000,
+        log_every=100,
+        eval_every=5_000,
+        image_every=5_000,
+        checkpoint_every=5_000,
+        eval_batches=16,
+        keep=3,
+        first_stage="",
+    )
+    return {**section, **changes}
+
+
+TINY_RUN = {
+    "run.steps": 4,
+    "run.log_every": 1,
+    "run.eval_every": 2,
+    "run.image_every": 2,
+    "run.checkpoint_every": 2,
+    "run.eval_batches": 1,
+}

@@ -1,0 +1,319 @@
+"""The one door: `python -m latent_diffusion_jax VERB --config=FILE[:arg] --workdir=DIR`.
+
+Verbs are a few lines each and import what they need, so that `--help` and mistakes answer at once.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from latent_diffusion_jax.errors import UserError
+
+EXAMPLES = {
+    "train": """\
+examples:
+  python -m latent_diffusion_jax train --config=configs/first_stage/shapes.py --workdir=runs/ae
+  python -m latent_diffusion_jax train --config=configs/diffusion/shapes.py --workdir=runs/ldm \\
+      --config.run.first_stage=runs/ae --config.optim.lr=1e-4
+Run the same command again to resume. Ctrl-C and SIGTERM save first.""",
+    "encode": """\
+example:
+  python -m latent_diffusion_jax encode --config=configs/diffusion/shapes.py --workdir=runs/ldm \\
+      --config.run.first_stage=runs/ae
+Then train with --config.latents.source=cache.""",
+    "sample": """\
+examples:
+  python -m latent_diffusion_jax sample --workdir=runs/ldm --number=64 --scale=2
+  python -m latent_diffusion_jax sample --workdir=runs/ldm --labels="red circle,5" --steps=100 \\
+      --eta=1 --out=red_circles
+Image i depends on the seed and i alone, whatever the batch size and the number of devices.""",
+    "reconstruct": """\
+examples:
+  python -m latent_diffusion_jax reconstruct --workdir=runs/ae --number=16
+  python -m latent_diffusion_jax reconstruct --workdir=runs/ae --input=photos/""",
+    "describe": """\
+examples:
+  python -m latent_diffusion_jax describe --config=configs/diffusion/shapes.py
+  python -m latent_diffusion_jax describe --config=configs/diffusion/shapes.py:tiny --json""",
+}
+
+
+CURVES = {
+    "first_stage": ("loss", "l1", "validation_psnr", "images_per_second"),
+    "diffusion": ("loss", "loss_t0", "validation_loss", "images_per_second"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, `--config...` apart: those are split off before (see `split_config`)."""
+    top = argparse.ArgumentParser(
+        prog="latent_diffusion_jax",
+        description="Latent diffusion models in JAX: train, resume and sample both phases.",
+        epilog="`VERB --help` shows the options of one verb, with examples.",
+    )
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name, about, run):
+        p = verbs.add_parser(
+            name,
+            help=about,
+            description=about,
+            epilog=EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        p.set_defaults(run=run)
+        # shown in the help; parsed by `split_config`
+        optional = "" if name in ("train", "encode", "describe") else " (default: the workdir's)"
+        p.add_argument(
+            "--config", metavar="FILE[:ARG]", help=f"config file and its argument{optional}"
+        )
+        p.add_argument(
+            "--config.KEY", metavar="VALUE", help="override a key, such as --config.optim.lr=1e-4"
+        )
+        if name != "describe":
+            p.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives")
+        return p
+
+    verb("train", "Train the phase that the config says, or resume it.", train)
+    verb("encode", "Cache the latents of a data set and measure their scale.", encode)
+
+    p = verb("sample", "Generate images with a trained diffusion model.", sample)
+    p.add_argument("--number", type=positive, default=16, metavar="N", help="images (%(default)s)")
+    p.add_argument("--batch", type=positive, default=32, metavar="N", help="at once (%(default)s)")
+    p.add_argument("--labels", metavar="L,L", help="classes, by number or name (all in turn)")
+    p.add_argument("--scale", type=float, help="guidance; 1 is none (the config's)")
+    p.add_argument("--sampler", metavar="NAME", help="ddim or ddpm (the config's)")
+    p.add_argument("--steps", type=positive, metavar="N", help="sampling steps (the config's)")
+    p.add_argument("--timesteps", metavar="NAME", help="which steps: uniform, trailing, original")
+    p.add_argument("--eta", type=float, help="of ddim: 0 is deterministic, 1 as noisy as ddpm")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
+    p.add_argument("--out", metavar="DIR", help="where the PNGs go (WORKDIR/samples)")
+
+    p = verb("reconstruct", "Encode and decode images, and measure the loss.", reconstruct)
+    p.add_argument("--number", type=positive, default=16, metavar="N", help="images (%(default)s)")
+    p.add_argument("--batch", type=positive, default=16, metavar="N", help="at once (%(default)s)")
+    p.add_argument("--input", metavar="PATH", help="a folder of images (the validation split)")
+    p.add_argument("--out", metavar="FILE", help="the picture (WORKDIR/reconstructions.png)")
+
+    p = verb("describe", "Say what would be built, without building it.", describe)
+    p.add_argument("--json", action="store_true", help="for programs")
+    return top
+
+
+def positive(text: str) -> int:
+    """An int of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def split_config(argv: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
+    """Parts `argv` into the rest, the value of --config and the --config.key=value overrides."""
+    rest, spec, overrides = [], None, []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--config" and not name.startswith("--config."):
+            rest.append(word)
+            continue
+        if not equals:
+            value = next(words, "")
+            if not value:
+                raise UserError(f"{name} has no value; write {name}=VALUE")
+        if name == "--config":
+            spec = value
+        else:
+            overrides.append(f"{name}={value}")
+    return rest, spec, overrides
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit code: 2 for a mistake of the user's."""
+    try:
+        rest, spec, overrides = split_config(sys.argv[1:] if argv is None else argv)
+        args = parser().parse_args(rest)
+        args.config, args.overrides = spec, overrides
+        _set_up_jax()
+        return args.run(args) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _set_up_jax() -> None:
+    import absl.logging
+    import jax
+
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what was asked for
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(home / "latent_diffusion_jax"))
+
+
+def _config(args, required: bool = False):
+    """The config that a command names, or else its workdir's."""
+    from latent_diffusion_jax.config import load_config, override, stored_config
+
+    if args.config is not None:
+        return load_config(args.config, args.overrides)
+    if required:
+        raise UserError("give --config=FILE, such as --config=configs/diffusion/shapes.py")
+    return override(stored_config(args.workdir), args.overrides)
+
+
+def _mesh(config):
+    from latent_diffusion_jax import build
+    from latent_diffusion_jax.train.sharding import make_mesh
+
+    mesh = build.unpack("mesh", make_mesh, config.mesh)
+    if config.train.batch_size % (mesh.size * config.train.accumulate):
+        raise UserError(
+            f"train.batch_size {config.train.batch_size} does not divide by {mesh.size} devices"
+            f" x train.accumulate {config.train.accumulate}"
+        )
+    return mesh
+
+
+def train(args) -> int:
+    """Trains or resumes; exit code 0, or 130 after Ctrl-C."""
+    import jax
+
+    from latent_diffusion_jax.config import to_json
+    from latent_diffusion_jax.phases import make_phase
+    from latent_diffusion_jax.train import loop
+    from latent_diffusion_jax.train.checkpoint import Checkpointer, check_config, write_config
+    from latent_diffusion_jax.train.metrics import Writer, plot_curves
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the loop: nothing to save yet
+    config = _config(args, required=True)
+    check_config(args.workdir, to_json(config))
+    mesh = _mesh(config)
+    phase = make_phase(config, args.workdir, mesh)
+    write_config(args.workdir, to_json(config))
+    run = config.run
+    try:
+        loop.train(
+            **phase._asdict(),
+            mesh=mesh,
+            checkpointer=Checkpointer(args.workdir, keep=run.keep),
+            writer=Writer(args.workdir),
+            key=jax.random.key(config.seed),
+            steps=run.steps,
+            log_every=run.log_every,
+            eval_every=run.eval_every,
+            image_every=run.image_every,
+            checkpoint_every=run.checkpoint_every,
+            accumulate=config.train.accumulate,
+        )
+    except loop.Stopped as stopped:
+        print(stopped, flush=True)
+        return stopped.exit_code
+    curves = Path(args.workdir) / "curves.png"
+    plot_curves(f"{args.workdir}/metrics.jsonl", str(curves), CURVES[config.phase])
+    print(f"trained to step {run.steps}: {args.workdir}, curves in {curves}")
+    return 0
+
+
+def encode(args) -> None:
+    """Writes `<workdir>/latents` and the latent scale."""
+    from latent_diffusion_jax.phases import encode
+
+    config = _config(args, required=True)
+    if config.phase != "diffusion":
+        raise UserError(f"encode takes a config of phase 'diffusion', not {config.phase!r}")
+    scale = encode(config, args.workdir, _mesh(config))
+    print(f"latents in {args.workdir}/latents, latent scale {scale:.4f}")
+
+
+def _trained(args, phase: str | None = None):
+    from latent_diffusion_jax import build, pipeline
+    from latent_diffusion_jax.config import to_json
+    from latent_diffusion_jax.train.checkpoint import check_config
+    from latent_diffusion_jax.train.sharding import make_mesh
+
+    config = _config(args)
+    if args.config is not None:
+        check_config(args.workdir, to_json(config))
+    if phase and config.phase != phase:
+        raise UserError(f"{args.workdir!r} holds phase {config.phase!r}; this takes {phase!r}")
+    mesh = build.unpack("mesh", make_mesh, config.mesh)
+    return pipeline.load(args.workdir, mesh)._replace(config=config), mesh
+
+
+def sample(args) -> None:
+    """Writes PNGs, a grid of them, and `samples.json` with what was asked for."""
+    import numpy as np
+
+    from latent_diffusion_jax import pipeline
+    from latent_diffusion_jax.conditioning.label import parse_labels
+
+    trained, mesh = _trained(args, "diffusion")
+    options = dict(trained.config.sample)
+    for name in ("scale", "steps", "timesteps"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    if args.sampler not in (None, options["sampler"]):
+        options |= {"sampler": args.sampler, "options": {}}
+    if args.eta is not None:
+        options["options"] = {"eta": args.eta}
+
+    indices = np.arange(args.number)
+    inputs = pipeline.example_inputs(trained.config, indices)
+    if args.labels is not None:
+        if "label" not in inputs:
+            raise UserError(f"--labels={args.labels}: this model has no class condition")
+        labels = parse_labels(
+            args.labels, trained.config.conditioning.num_classes, trained.class_names
+        )
+        inputs["label"] = np.asarray(labels, np.int32)[indices % len(labels)]
+    batches = pipeline.generate(
+        trained,
+        mesh,
+        inputs=inputs,
+        number=args.number,
+        batch=args.batch,
+        seed=args.seed,
+        **options,
+    )
+    out = Path(args.out or Path(args.workdir) / "samples")
+    asked = {
+        "step": trained.step,
+        "seed": args.seed,
+        **options,
+        "options": dict(options["options"]),
+    }
+    grid = pipeline.write_samples(out, batches, args.number, inputs, trained.class_names, asked)
+    print(f"{args.number} images in {out}, all of them in {grid}")
+
+
+def reconstruct(args) -> None:
+    """Writes originals above reconstructions, and prints PSNR and L1."""
+    from latent_diffusion_jax import pipeline
+
+    trained, mesh = _trained(args)
+    out = Path(args.out or Path(args.workdir) / "reconstructions.png")
+    quality = pipeline.write_reconstructions(
+        trained, mesh, out, args.number, args.batch, args.input
+    )
+    print(f"{out}: PSNR {quality['psnr']:.2f} dB, L1 {quality['l1']:.4f} (images in [-1, 1])")
+
+
+def describe(args) -> None:
+    """Prints a table, or JSON."""
+    from latent_diffusion_jax.describe import describe, table
+
+    facts = describe(_config(args, required=True))
+    print(json.dumps(facts, indent=2) if args.json else table(facts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

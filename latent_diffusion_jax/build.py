@@ -1,0 +1,224 @@
+"""From a config to the objects it describes; the only module that knows every part.
+
+Nothing here reads a workdir or allocates a parameter. A section of the config is unpacked whole
+into the constructor it names, so that a key which nobody takes is an error.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from latent_diffusion_jax.conditioning.cond import Cond, Conditioner, unconditional
+from latent_diffusion_jax.conditioning.label import label
+from latent_diffusion_jax.data.sources import SOURCES, make_source
+from latent_diffusion_jax.diffusion import objective as diffusion_objective
+from latent_diffusion_jax.diffusion.schedule import Schedule, make_schedule
+from latent_diffusion_jax.errors import UserError, choose
+from latent_diffusion_jax.first_stage import objective as first_stage_objective
+from latent_diffusion_jax.first_stage.autoencoder import Autoencoder
+from latent_diffusion_jax.first_stage.stage import FirstStage, check_image_size, make_first_stage
+from latent_diffusion_jax.nn.unet import UNet
+from latent_diffusion_jax.train.objective import Objective, make_objective
+from latent_diffusion_jax.train.optim import make_optimizer
+
+CONDITIONERS: dict[str, Callable[..., Conditioner]] = {"none": unconditional, "label": label}
+PHASES = ("first_stage", "diffusion")
+
+
+def unpack(
+    section: str,
+    function: Callable,
+    options: Mapping[str, Any],
+    *,
+    takes: Callable | None = None,
+    **given: Any,
+) -> Any:
+    """Calls `function(**given, **options)` with a section of the config.
+
+    `takes` is where `function` passes its keywords on to, for the list of choices.
+
+    Raises:
+      UserError: a key that is unknown or missing.
+    """
+    try:
+        return function(**given, **_plain(options))
+    except TypeError as error:
+        message = str(error).partition("() ")[2]
+        unknown = re.match(r"got an unexpected keyword argument '(\w+)'", message)
+        if unknown:
+            names = [*inspect.signature(takes or function).parameters]
+            accepted = [n for n in names if n not in (*given, "parent", "name")]
+            choose(f"key in config.{section}:", unknown[1], dict.fromkeys(accepted))
+        if message.startswith("missing "):
+            raise UserError(f"config.{section} is {message}") from error
+        raise
+
+
+def _plain(value: Any) -> Any:
+    """Config values as constructors want them: plain dicts, and tuples, which hash, for lists."""
+    if isinstance(value, Mapping | ConfigDict):
+        return {k: _plain(v) for k, v in value.items()}
+    return tuple(_plain(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def source(config: ConfigDict, split: str):
+    """The data of a split, "train" or "validation"."""
+    takes = choose("data source", config.data.source.name, SOURCES)
+    return unpack("data.source", make_source, config.data.source, takes=takes, split=split)
+
+
+def first_stage(config: ConfigDict) -> FirstStage:
+    """The first stage, checked against the image size of the data."""
+    stage = unpack(
+        "first_stage",
+        make_first_stage,
+        config.first_stage,
+        takes=Autoencoder,
+        dtype=jnp.dtype(config.dtype),
+    )
+    check_image_size(stage, config.data.image_size)
+    return stage
+
+
+def conditioner(config: ConfigDict) -> Conditioner:
+    """The conditioner."""
+    section = dict(config.conditioning)
+    make = choose("conditioning", section.pop("kind"), CONDITIONERS)
+    return unpack("conditioning", make, section)
+
+
+def schedule(config: ConfigDict) -> Schedule:
+    """The noise schedule."""
+    return unpack("diffusion.schedule", make_schedule, config.diffusion.schedule)
+
+
+def unet(config: ConfigDict) -> UNet:
+    """The UNet; its output has the latent's channels."""
+    return unpack(
+        "unet",
+        UNet,
+        config.unet,
+        out_channels=first_stage(config).channels,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
+    """(h, w, c) of the latent of a training image.
+
+    Raises:
+      UserError: the UNet cannot halve it often enough.
+    """
+    stage = first_stage(config)
+    side = config.data.image_size // stage.factor
+    if config.phase == "diffusion":
+        halvings = 2 ** (len(config.unet.channel_mult) - 1)
+        if side % halvings:
+            raise UserError(
+                f"latents of {side}x{side} (image size {config.data.image_size}, f ="
+                f" {stage.factor}) cannot be halved for the {len(config.unet.channel_mult)} levels"
+                f" of unet.channel_mult: image size must be a multiple of"
+                f" {halvings * stage.factor}"
+            )
+    return side, side, stage.channels
+
+
+def init_params(config: ConfigDict) -> Callable[[jax.Array], dict]:
+    """key -> the parameters that the config's phase trains, by network."""
+    if config.phase == "first_stage":
+        stage = first_stage(config)
+        return lambda key: {"autoencoder": stage.init(key)}
+    network, condition = unet(config), conditioner(config)
+    shape = latent_shape(config)
+
+    def init(key):
+        unet_key, cond_key = jax.random.split(key)
+        learned = condition.init(cond_key)
+        inputs = {name: jnp.zeros((1,), jnp.int32) for name in condition.keys}
+        cond = condition.apply(learned, inputs)
+        z, t = jnp.zeros((1, *shape)), jnp.zeros((1,), jnp.int32)
+        params = {"unet": network.init(unet_key, z, t, cond)["params"]}
+        return {**params, "conditioning": learned} if learned else params
+
+    return init
+
+
+def latents(config: ConfigDict) -> Callable[[Any, Mapping, jax.Array], jax.Array]:
+    """(frozen, batch, key) -> scaled latents, encoded from images or drawn from cached moments."""
+    stage = first_stage(config)
+
+    def online(frozen, batch, key):
+        moments = stage.encode(frozen["first_stage"], batch["image"])
+        return frozen["latent_scale"] * stage.sample(moments, key)
+
+    def cached(frozen, batch, key):
+        return frozen["latent_scale"] * stage.sample(batch["moments"], key)
+
+    return choose("latents.source", config.latents.source, {"online": online, "cache": cached})
+
+
+def denoise_network(config: ConfigDict) -> Callable[..., jax.Array]:
+    """(unet params, z_t, t, cond, dropout key or None) -> the network's output."""
+    network = unet(config)
+
+    def apply(params, z_t, t, cond: Cond, key=None):
+        rngs = None if key is None else {"dropout": key}
+        return network.apply({"params": params}, z_t, t, cond, key is not None, rngs=rngs)
+
+    return apply
+
+
+def loss(config: ConfigDict) -> Callable:
+    """(params, frozen, batch, key, train) -> (loss, metrics) of the config's phase."""
+    if config.phase == "first_stage":
+        stage = first_stage(config)
+        kind = config.first_stage.kind
+        takes = choose("trainable first stage", kind, first_stage_objective.LOSSES)
+        return unpack(
+            "loss",
+            first_stage_objective.make_loss,
+            config.loss,
+            takes=takes,
+            stage=stage,
+            kind=kind,
+        )
+    section = dict(config.diffusion)
+    section.pop("schedule")
+    return unpack(
+        "diffusion",
+        diffusion_objective.make_loss,
+        section,
+        denoise_network=denoise_network(config),
+        conditioner=conditioner(config),
+        latents=latents(config),
+        schedule=schedule(config),
+    )
+
+
+def objective(config: ConfigDict) -> Objective:
+    """What the config's phase optimises."""
+    choose("phase", config.phase, dict.fromkeys(PHASES))
+    tx, lr_at = unpack("optim", make_optimizer, config.optim)
+    section = dict(config.train)
+    section.pop("batch_size")
+    return unpack(
+        "train",
+        make_objective,
+        section,
+        init_params=init_params(config),
+        loss=loss(config),
+        tx=tx,
+        lr_at=lr_at,
+    )
+
+
+def batch_keys(config: ConfigDict, cached: bool = False) -> tuple[str, ...]:
+    """The entries of an example that training reads; `cached` moments stand for images."""
+    if config.phase == "first_stage":
+        return ("image",)
+    return ("moments" if cached else "image", *conditioner(config).keys)

@@ -1,0 +1,1 @@
+"""Condition -> Cond, the UNet's three ports."""

@@ -1,0 +1,49 @@
+"""Class labels through the cross-attention port (paper section 4.3.1; the code's ClassEmbedder).
+
+One token per class, and one for "no class", which condition dropout trains and guidance uses: the
+published ImageNet model's class 1000.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from latent_diffusion_jax.conditioning.cond import Cond, Conditioner
+from latent_diffusion_jax.errors import UserError, choose
+
+
+def label(*, num_classes: int, dim: int) -> Conditioner:
+    """Labels int32 [B] -> context [B, 1, dim]; the null label is `num_classes`."""
+    table = nn.Embed(num_classes + 1, dim, embedding_init=nn.initializers.normal(1.0))
+
+    def init(key):
+        return {"embedding": table.init(key, jnp.zeros((1,), jnp.int32))["params"]}
+
+    def apply(params, inputs):
+        tokens: Any = table.apply({"params": params["embedding"]}, inputs["label"])
+        return Cond(context=tokens[:, None, :])
+
+    def null(inputs):
+        return {"label": jnp.full_like(jnp.asarray(inputs["label"]), num_classes)}
+
+    return Conditioner(init, apply, null, ("label",))
+
+
+def parse_labels(text: str, num_classes: int, names: Sequence[str] | None) -> list[int]:
+    """Reads "red circle,5" as label numbers.
+
+    Raises:
+      UserError: a number out of range or a name that is not a class.
+    """
+    numbers = {name: i for i, name in enumerate(names or ())}
+    labels = []
+    for word in (word.strip() for word in text.split(",")):
+        if word in numbers or not word.removeprefix("-").isdigit():
+            labels.append(choose("class", word, numbers or {f"0..{num_classes - 1}": 0}))
+        elif 0 <= int(word) < num_classes:
+            labels.append(int(word))
+        else:
+            raise UserError(f"class {word} is not one of 0..{num_classes - 1}")
+    return labels

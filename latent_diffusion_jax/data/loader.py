@@ -1,0 +1,103 @@
+"""Batches from a random-access source by grain: reshuffled per epoch, sharded, resumable.
+
+One global stream of examples (shuffled anew each epoch, repeated, transformed with a generator
+keyed by the place in the stream) is dealt to the hosts in turn. So the global batch n is the same
+set of examples with the same crops and flips whatever the number of hosts, and the state of the
+iterator is one number.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import grain
+import numpy as np
+
+from latent_diffusion_jax.data import transforms
+from latent_diffusion_jax.errors import UserError, choose
+
+CROPS = {"center": transforms.center_square, "random": transforms.random_square}
+
+
+def make_loader(
+    source: Any,
+    *,
+    batch_size: int,
+    image_size: int,
+    seed: int,
+    train: bool,
+    crop: Literal["center", "random"] = "center",
+    flip: bool = False,
+    keys: Sequence[str] = ("image", "label"),
+    shard: tuple[int, int] = (0, 1),
+    threads: int = 2,
+    buffer: int = 8,
+) -> grain.DatasetIterator:
+    """An iterator over dicts of stacked arrays, `image` float32 [B, H, W, 3] in [-1, 1].
+
+    For training it is endless. Otherwise it is one pass in order, centre-cropped and never flipped,
+    whose last batch may be short; there, hosts get equally many examples, so that they can step
+    together (up to `count - 1` examples at the end are left out when `count` hosts share).
+
+    `get_state()` is a small JSON-serialisable dict; `set_state` continues exactly, also on another
+    number of hosts as long as the global batch is the same.
+
+    Args:
+      source: random access to dicts. One with `fetch(indices) -> dict of arrays` (cached latents)
+        is read a batch at a time and not transformed.
+      batch_size: the rows of this host.
+      image_size: the side of the square images to make.
+      seed: of the order and of the transforms, 0 to 2**32 - 1.
+      train: shuffle, repeat and augment.
+      crop: where along the longer side the square is cut, in training.
+      flip: mirror half of the images left to right, in training.
+      keys: the entries of an example to keep.
+      shard: (index, count) of this host.
+      threads: that make batches.
+      buffer: batches made ahead.
+
+    Raises:
+      UserError: a number out of range, or a key that the source does not have.
+    """
+    index, count = shard
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size} per host must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"data seed {seed} must be 0 to 2**32 - 1")
+    if len(source) < (1 if train else count):
+        raise UserError(f"{len(source)} examples are too few for {count} host(s)")
+    check_keys(source[0], keys)
+
+    by_batch = hasattr(source, "fetch")
+    dataset = grain.MapDataset.range(len(source)) if by_batch else grain.MapDataset.source(source)
+    dataset = dataset.seed(seed)
+    if train:
+        dataset = dataset.shuffle().repeat()
+    if not by_batch:
+        square = choose("crop", crop, CROPS) if train else transforms.center_square
+
+        def prepare(example: dict, generator: np.random.Generator) -> dict:
+            height, width = example["image"].shape[:2]
+            where = square(height, width, generator)
+            mirror = train and flip and bool(generator.random() < 0.5)
+            out = transforms.transform(example, where, image_size, mirror)
+            return {key: out[key] for key in keys}
+
+        dataset = dataset.random_map(prepare)
+    dataset = dataset[index : len(dataset) // count * count : count]
+    dataset = dataset.batch(batch_size, drop_remainder=train)
+    if by_batch:
+
+        def gather(indices: np.ndarray) -> dict:
+            out = source.fetch(indices)
+            return {key: out[key] for key in keys}
+
+        dataset = dataset.map(gather)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
+    return iter(dataset.to_iter_dataset(options))
+
+
+def check_keys(example: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Raises UserError where an example lacks one of `keys`."""
+    missing = [key for key in keys if key not in example]
+    if missing:
+        raise UserError(f"the data has no {', '.join(missing)}; it has {', '.join(example)}")

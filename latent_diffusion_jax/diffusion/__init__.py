@@ -1,0 +1,1 @@
+"""Phase 2: from latents to noise and back."""

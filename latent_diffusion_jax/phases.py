@@ -1,0 +1,273 @@
+"""What each phase of training needs around its objective: frozen parts, validation, pictures.
+
+Phase 2 keeps a copy of its first stage in `<workdir>/first_stage`, itself a workdir of phase 1, so
+that a workdir is complete: it can be moved, and sampled from alone.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from latent_diffusion_jax import build, pipeline
+from latent_diffusion_jax.config import stored_config, to_json
+from latent_diffusion_jax.data.latents import Latents, write_latents
+from latent_diffusion_jax.data.loader import make_loader
+from latent_diffusion_jax.errors import UserError, differences
+from latent_diffusion_jax.train.checkpoint import Checkpointer, write_config
+from latent_diffusion_jax.train.metrics import Progress, average
+from latent_diffusion_jax.train.objective import Objective
+from latent_diffusion_jax.train.sharding import put_batch, put_tree
+from latent_diffusion_jax.train.state import TrainState, sampling_params
+
+SCALE_BATCHES = 32
+PREVIEWS = 16
+SPLITS = ("train", "validation")
+
+
+class Phase(NamedTuple):
+    """What `train.loop.train` takes: see there."""
+
+    objective: Objective
+    frozen: Any
+    batches: Iterator[Mapping[str, np.ndarray]]
+    evaluate: Callable[[TrainState], dict[str, float]] | None
+    visualise: Callable[[TrainState, int], dict[str, np.ndarray]]
+    meta: dict[str, Any]
+
+
+def make_phase(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
+    """Everything to train the config's phase in a workdir."""
+    make = {"first_stage": _first_stage, "diffusion": _diffusion}[config.phase]
+    return make(config, workdir, mesh)
+
+
+def _first_stage(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
+    objective = build.objective(config)
+    train, validation = (build.source(config, split) for split in SPLITS)
+    reconstruct = pipeline.make_reconstruct(config, mesh)
+    images = next(in_order(config, validation, min(PREVIEWS // 2, len(validation))))["image"]
+
+    def visualise(state, step):
+        del step
+        hat = reconstruct(sampling_params(state)["autoencoder"], images)
+        return {"reconstructions": np.concatenate([images, np.asarray(hat)])}
+
+    evaluate = _evaluator(config, objective, {}, validation, mesh)
+    return Phase(objective, {}, shuffled(config, train), evaluate, visualise, {})
+
+
+def _diffusion(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
+    objective = build.objective(config)
+    params = prepare_first_stage(config, workdir, mesh)
+    if config.latents.source == "cache":
+        train, validation = (
+            Latents(directory=latents_path(workdir, split), fingerprint=fingerprint(config, split))
+            for split in SPLITS
+        )
+    else:
+        train, validation = (build.source(config, split) for split in SPLITS)
+    check_classes(config, train.num_classes)
+    scale = latent_scale(config, workdir, params, mesh)
+    frozen = {"first_stage": params, "latent_scale": jnp.float32(scale)}
+
+    generate = pipeline.make_generate(config, mesh, **config.sample)
+    indices = np.arange(-(-PREVIEWS // mesh.size) * mesh.size)
+    inputs = pipeline.example_inputs(config, indices)
+
+    def visualise(state, step):
+        del step
+        key = jax.random.key(config.seed)
+        images = generate(sampling_params(state), frozen, inputs, key, indices)
+        return {"samples": np.asarray(images)}
+
+    evaluate = _evaluator(config, objective, frozen, validation, mesh)
+    meta = {"latent_scale": scale, "class_names": train.class_names}
+    return Phase(objective, frozen, shuffled(config, train), evaluate, visualise, meta)
+
+
+def check_classes(config: ConfigDict, num_classes: int | None) -> None:
+    """Raises UserError unless a class-conditional model has as many classes as its data."""
+    if "label" not in build.conditioner(config).keys:
+        return
+    if num_classes is None:
+        raise UserError(
+            "the data has no labels, which conditioning.kind 'label' needs; configs have an"
+            " argument `:unconditional`, or set conditioning.kind"
+        )
+    if num_classes != config.conditioning.num_classes:
+        raise UserError(
+            f"the data has {num_classes} classes, conditioning.num_classes is"
+            f" {config.conditioning.num_classes}: --config.conditioning.num_classes={num_classes}"
+        )
+
+
+def _loader(config: ConfigDict, source, batch_size: int, train: bool):
+    if batch_size % jax.process_count():
+        raise UserError(f"batch of {batch_size} does not divide by {jax.process_count()} processes")
+    return make_loader(
+        source,
+        batch_size=batch_size // jax.process_count(),
+        image_size=config.data.image_size,
+        seed=config.seed,
+        train=train,
+        crop=config.data.crop,
+        flip=config.data.flip,
+        keys=build.batch_keys(config, cached=isinstance(source, Latents)),
+        shard=(jax.process_index(), jax.process_count()),
+    )
+
+
+def shuffled(config: ConfigDict, source):
+    """The endless batches of training."""
+    return _loader(config, source, config.train.batch_size, train=True)
+
+
+def in_order(config: ConfigDict, source, batch_size: int):
+    """One pass without augmentation; the last batch may be short."""
+    return _loader(config, source, batch_size, train=False)
+
+
+def _evaluator(config, objective, frozen, source, mesh):
+    """Means of the objective's metrics over the first batches of the validation split."""
+    rows = min(config.train.batch_size, len(source)) // mesh.size * mesh.size
+    if not rows:
+        print(f"no validation: {len(source)} examples for {mesh.size} devices", flush=True)
+        return None
+    step = jax.jit(objective.eval_step)
+
+    def evaluate(state):
+        count = min(config.run.eval_batches, len(source) // rows)
+        batches = itertools.islice(in_order(config, source, rows), count)
+        key = jax.random.key(config.seed)  # the same noise each time, so that curves are smooth
+        means = average(
+            step(state, frozen, put_batch(mesh, batch), jax.random.fold_in(key, i))
+            for i, batch in enumerate(batches)
+        )
+        if "mse" in means:
+            means["psnr"] = 10 * math.log10(4 / means["mse"])  # of images in [-1, 1]
+        return {f"validation_{name}": value for name, value in means.items()}
+
+    return evaluate
+
+
+def prepare_first_stage(config: ConfigDict, workdir: str, mesh: Mesh) -> Any:
+    """The parameters of phase 2's first stage: the workdir's own copy, made if there is none.
+
+    Raises:
+      UserError: `run.first_stage` is not a trained workdir of the same first stage.
+    """
+    if config.first_stage.kind == "identity":
+        return {}
+    copy = epath.Path(workdir) / "first_stage"
+    if not (copy / "config.json").exists():
+        origin = config.run.first_stage
+        if not origin:
+            raise UserError(
+                "phase 2 needs a trained first stage: --config.run.first_stage=WORKDIR of phase 1"
+            )
+        theirs = stored_config(origin)
+        if theirs.phase != "first_stage":
+            raise UserError(f"config.run.first_stage={origin!r} holds phase {theirs.phase!r}")
+        differing = differences(
+            config.first_stage.to_dict(), theirs.first_stage.to_dict(), f"in {origin}"
+        )
+        if differing:
+            raise UserError(f"config.first_stage is not what was trained: {'; '.join(differing)}")
+        params, _ = pipeline.load_params(theirs, origin, mesh)
+        checkpointer = Checkpointer(str(copy))
+        checkpointer.save(0, TrainState(jnp.int32(0), params, (), {}), {})
+        checkpointer.close()
+        # last, since it says that the copy is whole
+        write_config(str(copy), to_json(theirs))
+    params, _ = pipeline.load_params(stored_config(str(copy)), str(copy), mesh)
+    return put_tree(mesh, params["autoencoder"])
+
+
+def latent_scale(config: ConfigDict, workdir: str, params: Any, mesh: Mesh) -> float:
+    """What latents are multiplied by: the config's, or 1 / their standard deviation.
+
+    Measured once, over many batches (the original: over one), and kept in the workdir.
+    """
+    if config.latents.scale is not None:
+        return config.latents.scale
+    path = epath.Path(workdir) / "latent_scale.json"
+    if path.exists():
+        return json.loads(path.read_text())["latent_scale"]
+    stage = build.first_stage(config)
+
+    @jax.jit
+    def sums(params, image, key):
+        z = stage.sample(stage.encode(params, image), key)
+        return jnp.mean(z), jnp.mean(z**2)
+
+    batches = itertools.islice(shuffled(config, build.source(config, "train")), SCALE_BATCHES)
+    keys = jax.random.split(jax.random.key(config.seed), SCALE_BATCHES)
+    moments = [
+        jax.device_get(sums(params, put_batch(mesh, {"image": b["image"]})["image"], key))
+        for b, key in zip(batches, keys)
+    ]
+    mean, square = np.mean(np.asarray(moments, np.float64), axis=0)
+    scale = float(1 / math.sqrt(square - mean**2))
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"latent_scale": scale, "batches": SCALE_BATCHES}))
+    return scale
+
+
+def latents_path(workdir: str, split: str) -> str:
+    """Where the cached moments of a split are."""
+    return str(epath.Path(workdir) / "latents" / split)
+
+
+def fingerprint(config: ConfigDict, split: str) -> dict[str, Any]:
+    """What cached moments depend on."""
+    return {
+        "split": split,
+        "data": config.data.to_dict(),
+        "first_stage": config.first_stage.to_dict(),
+    }
+
+
+def encode(config: ConfigDict, workdir: str, mesh: Mesh) -> float:
+    """Writes the posterior moments of both splits to `<workdir>/latents`; returns the scale."""
+    sources = {split: build.source(config, split) for split in SPLITS}
+    check_classes(config, sources["train"].num_classes)
+    params = prepare_first_stage(config, workdir, mesh)
+    scale = latent_scale(config, workdir, params, mesh)
+    encoder = jax.jit(build.first_stage(config).encode)
+    rows = config.train.batch_size
+    for split, source in sources.items():
+        progress = Progress(len(source), unit=f"{split} image")
+
+        def batches(source=source, progress=progress):
+            done = 0
+            for batch in in_order(config, source, rows):
+                image = batch.pop("image")
+                count = len(image)
+                padded = np.pad(image, ((0, rows - count), (0, 0), (0, 0), (0, 0)))
+                moments = encoder(params, put_batch(mesh, {"image": padded})["image"])
+                done += count
+                progress.update(done)
+                yield {"moments": np.asarray(moments)[:count], **batch}
+            progress.line(done, "encoded")
+
+        write_latents(
+            latents_path(workdir, split),
+            batches(),
+            count=len(source),
+            fingerprint=fingerprint(config, split),
+            latent_scale=scale,
+            num_classes=source.num_classes,
+            class_names=source.class_names,
+        )
+        progress.close()
+    return scale

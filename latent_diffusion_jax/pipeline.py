@@ -1,0 +1,265 @@
+"""From trained parts to images: sampling and reconstruction.
+
+A workdir is all it takes: `load` reads the config, the averaged weights and the latent scale.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from PIL import Image
+
+from latent_diffusion_jax import build
+from latent_diffusion_jax.conditioning.cond import Cond
+from latent_diffusion_jax.config import stored_config
+from latent_diffusion_jax.data.folder import Folder
+from latent_diffusion_jax.data.loader import make_loader
+from latent_diffusion_jax.data.transforms import to_uint8
+from latent_diffusion_jax.diffusion.guidance import guide
+from latent_diffusion_jax.diffusion.prediction import make_denoise
+from latent_diffusion_jax.diffusion.samplers import image_keys, image_noise, make_sampler, sample
+from latent_diffusion_jax.diffusion.schedule import make_timesteps
+from latent_diffusion_jax.errors import UserError
+from latent_diffusion_jax.train.checkpoint import Checkpointer
+from latent_diffusion_jax.train.metrics import Progress, grid
+from latent_diffusion_jax.train.sharding import (
+    abstract_state,
+    put_batch,
+    replicated,
+)
+from latent_diffusion_jax.train.state import sampling_params
+
+
+class Trained(NamedTuple):
+    """A trained workdir. params: by network; frozen: first_stage and latent_scale, in phase 2."""
+
+    config: ConfigDict
+    params: dict[str, Any]
+    frozen: dict[str, Any]
+    class_names: tuple[str, ...] | None
+    step: int
+
+
+def load(workdir: str, mesh: Mesh) -> Trained:
+    """Reads a workdir of either phase, laid out on a mesh.
+
+    Raises:
+      UserError: nothing usable is there.
+    """
+    config = stored_config(workdir)
+    params, (step, meta) = load_params(config, workdir, mesh)
+    if config.phase == "first_stage":
+        return Trained(config, params, {}, None, step)
+    first_stage = {}
+    if config.first_stage.kind != "identity":
+        copy = str(epath.Path(workdir) / "first_stage")
+        first_stage = load_params(stored_config(copy), copy, mesh)[0]["autoencoder"]
+    frozen = {"first_stage": first_stage, "latent_scale": jnp.float32(meta["latent_scale"])}
+    names = meta["class_names"]
+    return Trained(config, params, frozen, tuple(names) if names else None, step)
+
+
+def load_params(config: ConfigDict, workdir: str, mesh: Mesh) -> tuple[dict, tuple[int, dict]]:
+    """The weights to sample with, by network, and the (step, meta) of their checkpoint."""
+    abstract = abstract_state(build.objective(config).init, jax.random.key(0), mesh)
+    checkpointer = Checkpointer(workdir, read_only=True)
+    restored = checkpointer.restore_params(abstract)
+    checkpointer.close()
+    if restored is None:
+        raise UserError(f"no checkpoint in {workdir!r} yet: train there first")
+    step, state, meta = restored
+    return sampling_params(state), (step, meta)
+
+
+def make_generate(
+    config: ConfigDict,
+    mesh: Mesh,
+    *,
+    sampler: str,
+    options: Mapping[str, float],
+    steps: int,
+    timesteps: str,
+    scale: float,
+) -> Callable[..., jax.Array]:
+    """Builds generate(params, frozen, inputs, key, indices) -> images [B, H, W, 3], compiled once.
+
+    Args:
+      config: of phase 2.
+      mesh: rows of `inputs` and `indices` are spread over it, so B must divide by its size.
+      sampler: one of SAMPLERS; `options` are its own, such as eta.
+      steps: how many; `timesteps` says which, one of TIMESTEPS.
+      scale: of guidance; 1 is the plain condition, evaluated alone.
+
+    Image i (of `indices`) depends on the key and i alone, up to rounding.
+    """
+    schedule, stage = build.schedule(config), build.first_stage(config)
+    conditioner, network = build.conditioner(config), build.denoise_network(config)
+    method = make_sampler(sampler, schedule, **options)
+    times = make_timesteps(timesteps, steps, len(schedule.alpha))
+    shape = build.latent_shape(config)
+    guided = scale != 1 and bool(conditioner.keys)
+
+    def cond_of(params, inputs) -> Cond:
+        if guided:
+            both = (conditioner.null(inputs), inputs)
+            inputs = jax.tree.map(lambda *rows: jnp.concatenate(rows), *both)
+        return conditioner.apply(params.get("conditioning", {}), inputs)
+
+    def generate(params, frozen, inputs, key, indices, scale):
+        cond = cond_of(params, inputs)
+        denoise = make_denoise(
+            lambda z_t, t: network(params["unet"], z_t, t, cond),
+            schedule,
+            config.diffusion.prediction,
+        )
+        if guided:
+            denoise = guide(denoise, scale)
+        keys = image_keys(key, indices)
+        z = sample(
+            method,
+            denoise,
+            image_noise(keys, -1, shape),
+            timesteps=times,
+            noise=lambda i: image_noise(keys, i, shape),
+        )
+        return stage.decode(frozen["first_stage"], z / frozen["latent_scale"])
+
+    compiled = jax.jit(generate, out_shardings=replicated(mesh))
+
+    def call(params, frozen, inputs, key, indices):
+        rows = put_batch(mesh, {**inputs, "indices": indices})
+        indices = rows.pop("indices")
+        return compiled(params, frozen, rows, key, indices, jnp.float32(scale))
+
+    return call
+
+
+def example_inputs(config: ConfigDict, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Inputs for previews: every class in turn."""
+    if "label" not in build.conditioner(config).keys:
+        return {}
+    return {"label": (indices % config.conditioning.num_classes).astype(np.int32)}
+
+
+def generate(
+    trained: Trained,
+    mesh: Mesh,
+    *,
+    inputs: Mapping[str, np.ndarray],
+    number: int,
+    batch: int,
+    seed: int,
+    **options: Any,
+) -> Iterator[np.ndarray]:
+    """Yields images [b, H, W, 3] in [-1, 1], `number` of them in all, in order.
+
+    `inputs` holds one row per image; `options` are `make_generate`'s. The batch is rounded up to a
+    multiple of the devices, which changes no image.
+    """
+    run = make_generate(trained.config, mesh, **options)
+    rows = -(-min(batch, number) // mesh.size) * mesh.size
+    for start in range(0, number, rows):
+        indices = np.arange(start, start + rows)
+        wanted = np.minimum(indices, number - 1)  # the last batch is filled up
+        chosen = {name: values[wanted] for name, values in inputs.items()}
+        images = run(trained.params, trained.frozen, chosen, jax.random.key(seed), indices)
+        yield np.asarray(images)[: number - start]
+
+
+def make_reconstruct(config: ConfigDict, mesh: Mesh) -> Callable[[Any, jax.Array], jax.Array]:
+    """Builds reconstruct(autoencoder params, image [B, H, W, 3]) -> image, by the mode."""
+    stage = build.first_stage(config)
+
+    def reconstruct(params, image):
+        return stage.decode(params, stage.mode(stage.encode(params, image)))
+
+    return jax.jit(reconstruct, out_shardings=replicated(mesh))
+
+
+def write_samples(
+    out: Path,
+    batches: Iterator[np.ndarray],
+    number: int,
+    inputs: Mapping[str, np.ndarray],
+    class_names: tuple[str, ...] | None,
+    asked: Mapping[str, Any],
+) -> Path:
+    """Writes `000000.png` ..., `samples.json` (what each is) and `grid.png`; returns its path."""
+    out.mkdir(parents=True, exist_ok=True)
+    progress = Progress(number, unit="image")
+    images: list[np.ndarray] = []
+    for batch in batches:
+        for image in to_uint8(batch):
+            Image.fromarray(image).save(out / f"{len(images):06d}.png")
+            images.append(image)
+        progress.line(len(images), "")
+    progress.close()
+    records = [
+        {
+            "file_name": f"{i:06d}.png",
+            **{name: values[i].tolist() for name, values in inputs.items()},
+        }
+        for i in range(number)
+    ]
+    if class_names and "label" in inputs:
+        for record in records:
+            record["class"] = class_names[record["label"]]
+    (out / "samples.json").write_text(json.dumps({**asked, "images": records}, indent=1))
+    columns = math.ceil(math.sqrt(number))
+    Image.fromarray(grid(np.stack(images), columns)).save(out / "grid.png")
+    return out / "grid.png"
+
+
+def write_reconstructions(
+    trained: Trained, mesh: Mesh, out: Path, number: int, batch: int, folder: str | None
+) -> dict[str, float]:
+    """Writes rows of originals above rows of reconstructions; returns their mean PSNR and L1.
+
+    The images are those of `folder`, or of the validation split of the config's data.
+    """
+    config = trained.config
+    if folder:
+        source = Folder(split="validation", path=folder, validation_fraction=1.0)
+    else:
+        source = build.source(config, "validation")
+    params = trained.params.get("autoencoder", trained.frozen.get("first_stage"))
+    run = make_reconstruct(config, mesh)
+    number = min(number, len(source))
+    rows = -(-min(batch, number) // mesh.size) * mesh.size
+    loader = make_loader(
+        source,
+        batch_size=rows,
+        image_size=config.data.image_size,
+        seed=0,
+        train=False,
+        keys=("image",),
+    )
+    pairs = []
+    for images in itertools.islice((b["image"] for b in loader), -(-number // rows)):
+        count = len(images)
+        padded = np.pad(images, ((0, rows - count), (0, 0), (0, 0), (0, 0)))
+        hat = np.asarray(run(params, put_batch(mesh, {"image": padded})["image"]))
+        pairs.append((images, hat[:count]))
+    originals, hats = (np.concatenate(side)[:number] for side in zip(*pairs, strict=True))
+    error = originals - hats
+    mse = np.mean(error**2, axis=(1, 2, 3))
+    columns = min(8, number)
+    rows_of = [x[i : i + columns] for i in range(0, number, columns) for x in (originals, hats)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(grid(_filled(rows_of, columns), columns)).save(out)
+    return {"psnr": float(np.mean(10 * np.log10(4 / mse))), "l1": float(np.abs(error).mean())}
+
+
+def _filled(rows: list[np.ndarray], columns: int) -> np.ndarray:
+    """Rows of images as one batch, short rows filled with white."""
+    full = [np.pad(r, ((0, columns - len(r)), *[(0, 0)] * 3), constant_values=1) for r in rows]
+    return np.concatenate(full)

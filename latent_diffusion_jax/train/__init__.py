@@ -1,0 +1,1 @@
+"""Training: state, optimiser, sharding, checkpoints, metrics and the loop; knows neither phase."""

@@ -1,0 +1,241 @@
+"""The training loop of both phases: a phase is an `Objective`.
+
+The host stays ahead of the devices: it dispatches step n, then reads the metrics of step n - 1.
+All that a step depends on is in the checkpoint or follows from the step's number: an interrupted
+run, resumed, ends bit for bit as if it had not been interrupted.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from latent_diffusion_jax.errors import UserError
+from latent_diffusion_jax.train.checkpoint import Checkpointer
+from latent_diffusion_jax.train.metrics import Progress, Writer
+from latent_diffusion_jax.train.objective import Metrics, Objective
+from latent_diffusion_jax.train.sharding import (
+    abstract_state,
+    init_sharded,
+    put_batch,
+    put_tree,
+    replicated,
+)
+from latent_diffusion_jax.train.state import TrainState
+from latent_diffusion_jax.train.stop import Stopped, StopSignals
+
+
+class Batches(Protocol):
+    """An endless iterator over this process's rows; its position is JSON, alike in all."""
+
+    def __next__(self) -> Mapping[str, np.ndarray]:
+        """[B / processes, ...] each."""
+
+    def get_state(self) -> Any:
+        """The position behind the batch that `next` gave last, however many it holds ready."""
+
+    def set_state(self, state: Any) -> None:
+        """Goes to a position."""
+
+
+class TrainingDiverged(UserError):  # noqa: N818
+    """A loss or a gradient was not finite; that update was not applied."""
+
+
+@dataclasses.dataclass
+class _Window:
+    """Sums since the last line of the log; in the checkpoint, so that resumed averages agree."""
+
+    count: int = 0
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, values: Mapping[str, float]) -> None:
+        self.count += 1
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
+
+    def pop(self) -> dict[str, float]:
+        means = {name: value / self.count for name, value in self.sums.items()}
+        self.count, self.sums = 0, {}
+        return means
+
+
+class _Log:
+    """Reads metrics one step late, averages them, and knows how long steps take."""
+
+    def __init__(
+        self,
+        window: _Window,
+        writer: Writer,
+        progress: Progress,
+        checkpointer: Checkpointer,
+        every: int,
+        images: int,
+        flops: float,
+    ):
+        self._window, self._writer, self._progress = window, writer, progress
+        self._checkpointer = checkpointer
+        self._every, self._images, self._flops = every, images, flops
+        self._pending: tuple[int, Metrics] | None = None
+        self._steps, self._seconds, self._mark = 0, 0.0, time.perf_counter()
+
+    def push(self, step: int, metrics: Metrics) -> None:
+        """Takes what step `step` will yield, and reads what the one before has yielded."""
+        self.flush()
+        self._pending = step, metrics
+
+    def flush(self) -> None:
+        """Reads what is pending.
+
+        Raises:
+          TrainingDiverged: naming the step and the checkpoint to go back to.
+        """
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not values.pop("finite"):
+            raise TrainingDiverged(self._diverged(step, values))
+        now = time.perf_counter()
+        self._steps += 1
+        self._seconds += now - self._mark
+        self._mark = now
+        self._window.add(values)
+        self._progress.update(step)
+        if _is_due(step, self._every):
+            self._write(step)
+
+    def resume(self) -> None:
+        """Steps go on: what was done since the last flush is not counted as training."""
+        self._mark = time.perf_counter()
+
+    def _write(self, step: int) -> None:
+        values = self._window.pop()
+        images, flops = (x * self._steps / self._seconds for x in (self._images, self._flops))
+        self._steps, self._seconds = 0, 0.0
+        self._writer.scalars(
+            step, {**values, "images_per_second": images, "flops_per_second": flops}
+        )
+        self._progress.line(
+            step, f"loss {values['loss']:.4g} {images:.4g} images/s {flops / 1e12:.3g} TFLOP/s"
+        )
+
+    def _diverged(self, step: int, values: Mapping[str, float]) -> str:
+        bad = ", ".join(f"{k} {v}" for k, v in values.items() if not math.isfinite(v))
+        good = self._checkpointer.last_good_step
+        return (
+            f"step {step} is not finite ({bad or 'a gradient'}) and was not applied; "
+            f"last good checkpoint: {'none' if good is None else f'step {good}'}"
+        )
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _compile(
+    objective: Objective, state: TrainState, frozen: Any, batch: Any, key: jax.Array, mesh: Mesh
+) -> tuple[Callable[..., tuple[TrainState, Metrics]], float]:
+    """The compiled step, which takes over the buffers of the state it is given, and its FLOPs."""
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    lowered = jax.jit(
+        objective.train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh))
+    ).lower(state, frozen, batch, key)
+    cost = lowered.cost_analysis() or {}  # not every platform tells
+    return lowered.compile(), cost.get("flops", 0.0)
+
+
+def train(
+    *,
+    objective: Objective,
+    frozen: Any,
+    batches: Batches,
+    mesh: Mesh,
+    checkpointer: Checkpointer,
+    writer: Writer,
+    key: jax.Array,
+    steps: int,
+    log_every: int,
+    eval_every: int,
+    image_every: int,
+    checkpoint_every: int,
+    meta: Mapping[str, Any],
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+    visualise: Callable[[TrainState, int], Mapping[str, np.ndarray]] | None = None,
+    accumulate: int = 1,
+) -> TrainState:
+    """Trains up to `steps`, from the newest good checkpoint where there is one, and saves.
+
+    Args:
+      objective: the phase.
+      frozen: tree of networks that the step reads and does not train.
+      batches: see `Batches`; with a checkpoint, it is set to the position stored there.
+      mesh: from `make_mesh`.
+      checkpointer: of the working directory; the caller closes it.
+      writer: of the same; started and closed here.
+      key: the run's base key.
+      steps: where to end, counted from the run's first start.
+      log_every: steps between lines of averages; also in plain text where there is no terminal.
+      eval_every: steps between calls of `evaluate(state)`, whose values are logged as they are.
+      image_every: steps between calls of `visualise(state, step)` -> name: [N, H, W, C].
+      checkpoint_every: steps between checkpoints. 0 is never; but the last three also end the run.
+      meta: JSON stored in every checkpoint, beside `data` and `window`, which are added here.
+      accumulate: that of the objective, to count FLOPs.
+
+    Raises:
+      TrainingDiverged: a loss or gradient was not finite.
+      Stopped: SIGTERM or Ctrl-C; the state is saved.
+      UserError: the batch does not divide by the devices; a checkpoint cannot be read or written.
+    """
+    restored = checkpointer.restore_latest(abstract_state(objective.init, key, mesh))
+    if restored is None:
+        start, state, window = 0, init_sharded(objective.init, key, mesh), _Window()
+    else:
+        start, state, saved = restored
+        batches.set_state(saved["data"])
+        window = _Window(**saved["window"])
+    if start >= steps:
+        return state
+
+    def save(step: int, state: TrainState) -> None:
+        position = {"data": batches.get_state(), "window": dataclasses.asdict(window)}
+        checkpointer.save(step, state, {**meta, **position})
+
+    pauses: list[tuple[int, Callable[[int, TrainState], None]]] = [(checkpoint_every, save)]
+    if visualise is not None:
+        pauses.insert(0, (image_every, lambda n, s: writer.images(n, visualise(s, n))))
+    if evaluate is not None:
+        pauses.insert(0, (eval_every, lambda n, s: writer.scalars(n, evaluate(s))))
+
+    writer.start(start)
+    frozen = put_tree(mesh, frozen)
+    with StopSignals(checkpointer.reached_preemption) as stop, contextlib.closing(writer):
+        batch = put_batch(mesh, next(batches))
+        train_step, flops = _compile(objective, state, frozen, batch, key, mesh)
+        images = jax.tree.leaves(batch)[0].shape[0]
+        progress = Progress(steps, start)
+        log = _Log(window, writer, progress, checkpointer, log_every, images, flops * accumulate)
+        with contextlib.closing(progress):
+            for step in range(start + 1, steps + 1):
+                state, metrics = train_step(state, frozen, batch, key)
+                log.push(step, metrics)
+                signal = stop.at(step) if step < steps else None
+                due = [act for every, act in pauses if step == steps or _is_due(step, every)]
+                due = [save] if signal else due
+                if due:
+                    log.flush()  # no act of ours must follow a step that was not finite
+                    for act in due:
+                        act(step, state)
+                    log.resume()
+                if signal:
+                    checkpointer.wait()
+                    raise Stopped(signal, step)
+                if step < steps:
+                    batch = put_batch(mesh, next(batches))
+        checkpointer.wait()
+    return state

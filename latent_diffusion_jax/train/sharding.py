@@ -1,0 +1,94 @@
+"""How arrays lie on the devices: a mesh with axes `data` and `fsdp`, everything else from shapes.
+
+Batches are split over both axes. Parameters, optimiser state and averages are split over `fsdp` on
+their largest dimension that divides (ZeRO-3: Rajbhandari et al. 2020) and copied over `data`.
+Models know nothing of it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from latent_diffusion_jax.errors import UserError
+
+MIN_SIZE = 2**16  # elements: below, gathering costs more than the copy
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
+    """Makes the mesh; `data=-1` takes the devices that `fsdp` leaves.
+
+    Raises:
+      UserError: the devices do not divide into these axes.
+    """
+    count = jax.device_count()
+    if fsdp < 1 or count % fsdp or (data != -1 and (data < 1 or count % (data * fsdp))):
+        raise UserError(f"{count} devices do not divide into a mesh of data={data} x fsdp={fsdp}")
+    data = count // fsdp if data == -1 else data
+    # Linen's convolutions fail on the Explicit axes that are the default.
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def state_shardings(tree: Any, mesh: Mesh, min_size: int = MIN_SIZE) -> Any:
+    """Shardings for a tree of arrays or shapes: over `fsdp` from `min_size` elements on."""
+    ways = mesh.shape["fsdp"]
+
+    def sharding(x: Any) -> NamedSharding:
+        dividing = [(n, -axis) for axis, n in enumerate(x.shape) if n % ways == 0]
+        if ways == 1 or np.prod(x.shape) < min_size or not dividing:
+            return replicated(mesh)
+        axis = -max(dividing)[1]  # the first of the largest
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
+
+    return jax.tree.map(sharding, tree)
+
+
+def abstract_state(init: Callable[[jax.Array], Any], key: jax.Array, mesh: Mesh) -> Any:
+    """Shapes, types and shardings of `init(key)`, with nothing allocated."""
+    shapes = jax.eval_shape(init, key)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        state_shardings(shapes, mesh),
+    )
+
+
+def init_sharded(init: Callable[[jax.Array], Any], key: jax.Array, mesh: Mesh) -> Any:
+    """Runs `init(key)` so that every array is born where it belongs, never whole on one device."""
+    shardings = state_shardings(jax.eval_shape(init, key), mesh)
+    return jax.jit(init, out_shardings=shardings)(key)
+
+
+def put_tree(mesh: Mesh, tree: Any) -> Any:
+    """Lays a tree that every process holds whole (frozen networks) out like state."""
+    return jax.device_put(tree, state_shardings(tree, mesh))
+
+
+def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Makes global arrays from this process's rows [B / processes, ...].
+
+    Raises:
+      UserError: the global batch does not divide by the devices of the mesh.
+    """
+
+    def put(name: str, rows: np.ndarray) -> jax.Array:
+        total = rows.shape[0] * jax.process_count()
+        if total % mesh.size:
+            raise UserError(
+                f"batch of {total} ({name}) does not divide by the {mesh.size} devices of the mesh"
+            )
+        return jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
+
+    return {name: put(name, np.asarray(rows)) for name, rows in batch.items()}

@@ -1,0 +1,202 @@
+"""The phase-2 loss against published values, and the dropout of conditions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_diffusion_jax.conditioning.cond import Cond, Conditioner, unconditional
+from latent_diffusion_jax.diffusion.objective import (
+    drop_condition,
+    example_losses,
+    loss_metrics,
+    make_loss,
+)
+from latent_diffusion_jax.diffusion.prediction import PREDICTIONS
+from latent_diffusion_jax.diffusion.schedule import at, make_schedule
+from latent_diffusion_jax.errors import UserError
+from tests.published import golden
+
+SCHEDULE = make_schedule(name="linear", linear_start=0.0015, linear_end=0.0195)
+CLASSES = 10
+LABELS = Conditioner(
+    init=lambda key: {"table": jax.random.normal(key, [CLASSES + 1])},
+    apply=lambda params, inputs: Cond(embedding=params["table"][inputs["label"]][:, None]),
+    null=lambda inputs: {"label": jnp.full_like(inputs["label"], CLASSES)},
+    keys=("label",),
+)
+
+
+def network(params, z_t, t, cond, key=None):
+    shift = 0.0 if cond.embedding is None else cond.embedding[:, :, None, None]
+    return params["scale"] * z_t + shift
+
+
+def loss_for(conditioner, **options):
+    return make_loss(
+        denoise_network=network,
+        conditioner=conditioner,
+        latents=lambda frozen, batch, key: frozen * batch["z"],
+        schedule=SCHEDULE,
+        **options,
+    )
+
+
+def batch_of(size):
+    z = jax.random.normal(jax.random.key(5), [size, 2, 2, 1])
+    return {"z": z, "label": jnp.arange(size) % CLASSES}
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize("prediction", ["eps", "x0"])
+def test_loss_equals_published(loss, prediction):
+    arrays, _ = golden("diffusion_ops")
+    c = arrays["c"].reshape(-1, 1, 1, 1)
+    losses = example_losses(
+        lambda z, t: 0.6 * z + 0.1 * jnp.sin(t / 100).reshape(-1, 1, 1, 1) + 0.05 * c,
+        SCHEDULE,
+        jnp.asarray(arrays["x0"]),
+        jnp.asarray(arrays["t"]),
+        jnp.asarray(arrays["noise"]),
+        prediction=prediction,
+        loss=loss,
+        weighting="uniform",
+    )
+    expected = arrays[f"out_loss_{loss}_{prediction}_elbo0.0_logvar0"]
+    np.testing.assert_allclose(losses.mean(), expected[:2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction,closed", [("eps", 1.0), ("x0", 4.0), ("v", None)])
+def test_zero_network_leaves_the_power_of_the_target(prediction, closed):
+    """E|eps|^2 = 1, E|z|^2 = 4, E|v|^2 = alpha^2 + 4 sigma^2 for z of variance 4."""
+    keys = jax.random.split(jax.random.key(0))
+    t = jnp.arange(1000)
+    z, eps = (jax.random.normal(key, [1000, 8, 8, 1]) for key in keys)
+    losses = example_losses(
+        lambda z_t, t: jnp.zeros_like(z_t),
+        SCHEDULE,
+        2 * z,
+        t,
+        eps,
+        prediction=prediction,
+        loss="l2",
+        weighting="uniform",
+    )
+    alpha, sigma = at(SCHEDULE, t)
+    expected = closed or float((alpha**2 + 4 * sigma**2).mean())
+    np.testing.assert_allclose(losses.mean(), expected, rtol=0.025)  # 4 standard errors
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("weighting", ["uniform", "min_snr"])
+def test_loss_is_differentiable_and_reports_itself(prediction, weighting):
+    loss_function = loss_for(LABELS, prediction=prediction, weighting=weighting)
+    params = {"unet": {"scale": jnp.array(0.3)}, "conditioning": LABELS.init(jax.random.key(0))}
+    value = jax.jit(jax.value_and_grad(loss_function, has_aux=True), static_argnums=4)
+    (loss, metrics), grads = value(params, 1.0, batch_of(64), jax.random.key(1), True)
+    assert metrics["loss"] == loss > 0
+    assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+    assert sorted(metrics) == ["loss", "loss_t0", "loss_t1", "loss_t2", "loss_t3"]
+    assert all(jnp.isfinite(metric) and metric.shape == () for metric in metrics.values())
+
+
+def test_draws_depend_on_the_key_alone():
+    loss_function = jax.jit(loss_for(unconditional()), static_argnums=4)
+    params, batch = {"unet": {"scale": jnp.array(0.3)}}, {"z": batch_of(64)["z"]}
+    first, again, other = (
+        loss_function(params, 1.0, batch, jax.random.key(seed), True)[0] for seed in (0, 0, 1)
+    )
+    assert first == again != other
+
+
+def test_times_and_noise_cover_their_distributions():
+    """A network that returns its inputs shows what the loss fed it."""
+    seen = {}
+
+    def spy(params, z_t, t, cond, key):
+        seen.update(t=t, z_t=z_t)
+        return jnp.zeros_like(z_t)
+
+    loss_function = make_loss(
+        denoise_network=spy,
+        conditioner=unconditional(),
+        latents=lambda frozen, batch, key: jnp.zeros([20_000, 1, 1, 1]),
+        schedule=SCHEDULE,
+    )
+    loss_function({"unet": {}}, None, {}, jax.random.key(0), True)
+    t = np.asarray(seen["t"])
+    assert t.min() == 0
+    assert t.max() == 999
+    quarters = np.bincount(t // 250) / len(t)
+    np.testing.assert_allclose(quarters, 0.25, atol=4 * np.sqrt(0.1875 / len(t)))
+    eps = seen["z_t"].ravel() / at(SCHEDULE, t)[1]
+    assert abs(eps.mean()) < 4 / np.sqrt(len(t))
+    assert abs(eps.var() - 1) < 4 * np.sqrt(2 / len(t))
+    assert abs(np.corrcoef(eps, t)[0, 1]) < 4 / np.sqrt(len(t))
+
+
+def seen_labels(train, rate, size=4000):
+    seen = []
+
+    def apply(params, inputs):
+        seen.append(inputs["label"])
+        return Cond()
+
+    loss_function = loss_for(LABELS._replace(apply=apply), condition_dropout=rate)
+    params = {"unet": {"scale": jnp.array(0.3)}}
+    loss_function(params, 1.0, batch_of(size), jax.random.key(0), train)
+    return np.asarray(seen[0]), np.asarray(batch_of(size)["label"])
+
+
+def test_conditions_are_dropped_at_the_rate_in_training():
+    seen, given = seen_labels(train=True, rate=0.1)
+    dropped = seen == CLASSES
+    assert abs(dropped.mean() - 0.1) < 4 * np.sqrt(0.09 / len(seen))
+    np.testing.assert_array_equal(seen[~dropped], given[~dropped])
+
+
+@pytest.mark.parametrize("train,rate", [(False, 1.0), (True, 0.0)])
+def test_conditions_are_kept_in_evaluation_and_at_rate_0(train, rate):
+    np.testing.assert_array_equal(*seen_labels(train, rate))
+
+
+def test_rate_1_is_the_null_condition():
+    params = {"unet": {"scale": jnp.array(0.3)}, "conditioning": LABELS.init(jax.random.key(0))}
+    batch, key = batch_of(64), jax.random.key(2)
+    dropped, _ = loss_for(LABELS, condition_dropout=1.0)(params, 1.0, batch, key, True)
+    null_batch = batch | LABELS.null({"label": batch["label"]})
+    expected, _ = loss_for(LABELS)(params, 1.0, null_batch, key, False)
+    assert dropped == expected
+
+
+def test_all_inputs_of_an_example_drop_together():
+    inputs = {"tokens": jnp.ones([200, 7], jnp.int32), "image": jnp.ones([200, 2, 2, 3])}
+    null = jax.tree.map(jnp.zeros_like, inputs)
+    out = drop_condition(jax.random.key(0), inputs, null, 0.5)
+    assert out["tokens"].dtype == jnp.int32
+    kept = np.asarray(out["tokens"][:, 0])
+    assert 0 < kept.mean() < 1
+    np.testing.assert_array_equal(out["tokens"], np.repeat(kept[:, None], 7, axis=1))
+    np.testing.assert_array_equal(out["image"].reshape(200, 12), np.repeat(kept[:, None], 12, 1))
+
+
+def test_metrics_by_quarter_of_t():
+    losses, t = jnp.array([1.0, 3.0, 5.0, 7.0]), jnp.array([0, 249, 250, 999])
+    metrics = loss_metrics(losses, t, 1000)
+    expected = {"loss": 4.0, "loss_t0": 2.0, "loss_t1": 5.0, "loss_t2": 4.0, "loss_t3": 7.0}
+    assert {name: float(value) for name, value in metrics.items()} == expected  # t2 is empty
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"prediction": "noise"}, "unknown prediction"),
+        ({"loss": "l3"}, "unknown loss"),
+        ({"weighting": "min_snt"}, "did you mean 'min_snr'"),
+        ({"loss": "l1", "weighting": "min_snr"}, "squared errors"),
+        ({"condition_dropout": -0.1}, "-0.1"),
+    ],
+)
+def test_bad_options_are_one_clear_line(options, message):
+    with pytest.raises(UserError, match=message):
+        loss_for(unconditional(), **options)
