@@ -14,7 +14,7 @@ from latent_diffusion_jax.errors import choose
 def make(arg, variants, **sections):
     """The config of `sections`, changed by the variant that `arg` names: dotted key -> value."""
     config = ConfigDict(dict(seed=0, dtype="float32", mesh=dict(data=-1, fsdp=1), **sections))
-    changes = choose("config argument", arg, {"": {}, **variants})
+    changes = choose("config argument", arg, variants) if arg else {}
     with config.unlocked():
         for key, value in changes.items():
             section, _, name = key.rpartition(".")

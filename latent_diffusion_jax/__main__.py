@@ -4,14 +4,17 @@ Verbs are a few lines each and import what they need, so that `--help` and mista
 """
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from latent_diffusion_jax.errors import UserError
+from latent_diffusion_jax.errors import UserError, differences
 
 EXAMPLES = {
     "train": """\
@@ -42,6 +45,7 @@ examples:
 }
 
 
+FREE = ("data", "dtype", "mesh", "run", "sample")  # sections that using a model may change
 CURVES = {
     "first_stage": ("loss", "l1", "validation_psnr", "images_per_second"),
     "diffusion": ("loss", "loss_t0", "validation_loss", "images_per_second"),
@@ -76,7 +80,9 @@ def parser() -> argparse.ArgumentParser:
             "--config.KEY", metavar="VALUE", help="override a key, such as --config.optim.lr=1e-4"
         )
         if name != "describe":
-            p.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives")
+            p.add_argument(
+                "--workdir", required=True, type=named, metavar="DIR", help="where the run lives"
+            )
         return p
 
     verb("train", "Train the phase that the config says, or resume it.", train)
@@ -86,31 +92,43 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--number", type=positive, default=16, metavar="N", help="images (%(default)s)")
     p.add_argument("--batch", type=positive, default=32, metavar="N", help="at once (%(default)s)")
     p.add_argument("--labels", metavar="L,L", help="classes, by number or name (all in turn)")
-    p.add_argument("--scale", type=float, help="guidance; 1 is none (the config's)")
+    p.add_argument("--scale", type=finite, metavar="X", help="guidance; 1 is none (the config's)")
     p.add_argument("--sampler", metavar="NAME", help="ddim or ddpm (the config's)")
     p.add_argument("--steps", type=positive, metavar="N", help="sampling steps (the config's)")
     p.add_argument("--timesteps", metavar="NAME", help="which steps: uniform, trailing, original")
-    p.add_argument("--eta", type=float, help="of ddim: 0 is deterministic, 1 as noisy as ddpm")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
-    p.add_argument("--out", metavar="DIR", help="where the PNGs go (WORKDIR/samples)")
+    p.add_argument("--eta", type=finite, metavar="X", help="of ddim: 0 is none, 1 as ddpm's noise")
+    p.add_argument("--seed", type=seed, default=0, metavar="N", help="(%(default)s)")
+    p.add_argument("--out", type=named, metavar="DIR", help="where the PNGs go (WORKDIR/samples)")
 
     p = verb("reconstruct", "Encode and decode images, and measure the loss.", reconstruct)
     p.add_argument("--number", type=positive, default=16, metavar="N", help="images (%(default)s)")
     p.add_argument("--batch", type=positive, default=16, metavar="N", help="at once (%(default)s)")
-    p.add_argument("--input", metavar="PATH", help="a folder of images (the validation split)")
-    p.add_argument("--out", metavar="FILE", help="the picture (WORKDIR/reconstructions.png)")
+    p.add_argument("--input", type=named, metavar="DIR", help="of images (the validation split)")
+    p.add_argument("--out", type=png, metavar="FILE", help="(WORKDIR/reconstructions.png)")
 
     p = verb("describe", "Say what would be built, without building it.", describe)
     p.add_argument("--json", action="store_true", help="for programs")
+    p.add_argument("--arrays", action="store_true", help="list every trained array instead")
     return top
 
 
-def positive(text: str) -> int:
-    """An int of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+def checked(read: Callable[[str], Any], accepts: Callable[[Any], bool], what: str) -> Callable:
+    """A type for argparse: `read(text)`, refused unless it `accepts` that."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if accepts(value := read(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+    return parse
+
+
+positive = checked(int, lambda n: n >= 1, "a whole number from 1 on")
+seed = checked(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
+finite = checked(float, math.isfinite, "a finite number")
+named = checked(str, bool, "a path")
+png = checked(str, lambda path: path.lower().endswith(".png"), "a .png file")
 
 
 def split_config(argv: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
@@ -141,8 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.config, args.overrides = spec, overrides
         _set_up_jax()
         return args.run(args) or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:  # OSErrors name the path: not there, full, read-only
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -175,6 +193,9 @@ def _mesh(config):
     from latent_diffusion_jax.train.sharding import make_mesh
 
     mesh = build.unpack("mesh", make_mesh, config.mesh)
+    for section, key in (("train", "batch_size"), ("train", "accumulate"), ("run", "steps")):
+        if config[section][key] < 1:
+            raise UserError(f"{section}.{key} {config[section][key]} must be at least 1")
     if config.train.batch_size % (mesh.size * config.train.accumulate):
         raise UserError(
             f"train.batch_size {config.train.batch_size} does not divide by {mesh.size} devices"
@@ -185,6 +206,7 @@ def _mesh(config):
 
 def train(args) -> int:
     """Trains or resumes; exit code 0, or 130 after Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the loop: nothing to save yet
     import jax
 
     from latent_diffusion_jax.config import to_json
@@ -193,33 +215,33 @@ def train(args) -> int:
     from latent_diffusion_jax.train.checkpoint import Checkpointer, check_config, write_config
     from latent_diffusion_jax.train.metrics import Writer, plot_curves
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the loop: nothing to save yet
     config = _config(args, required=True)
     check_config(args.workdir, to_json(config))
     mesh = _mesh(config)
     phase = make_phase(config, args.workdir, mesh)
-    write_config(args.workdir, to_json(config))
     run = config.run
-    try:
-        loop.train(
-            **phase._asdict(),
-            mesh=mesh,
-            checkpointer=Checkpointer(args.workdir, keep=run.keep),
-            writer=Writer(args.workdir),
-            key=jax.random.key(config.seed),
-            steps=run.steps,
-            log_every=run.log_every,
-            eval_every=run.eval_every,
-            image_every=run.image_every,
-            checkpoint_every=run.checkpoint_every,
-            accumulate=config.train.accumulate,
-        )
-    except loop.Stopped as stopped:
-        print(stopped, flush=True)
-        return stopped.exit_code
+    with contextlib.closing(Checkpointer(args.workdir, keep=run.keep)) as checkpointer:
+        write_config(args.workdir, to_json(config))
+        try:
+            state = loop.train(
+                **phase._asdict(),
+                mesh=mesh,
+                checkpointer=checkpointer,
+                writer=Writer(args.workdir),
+                key=jax.random.key(config.seed),
+                steps=run.steps,
+                log_every=run.log_every,
+                eval_every=run.eval_every,
+                image_every=run.image_every,
+                checkpoint_every=run.checkpoint_every,
+                accumulate=config.train.accumulate,
+            )
+        except loop.Stopped as stopped:
+            print(stopped, flush=True)
+            return stopped.exit_code
     curves = Path(args.workdir) / "curves.png"
     plot_curves(f"{args.workdir}/metrics.jsonl", str(curves), CURVES[config.phase])
-    print(f"trained to step {run.steps}: {args.workdir}, curves in {curves}")
+    print(f"trained to step {state.step}: {args.workdir}, curves in {curves}")
     return 0
 
 
@@ -236,13 +258,17 @@ def encode(args) -> None:
 
 def _trained(args, phase: str | None = None):
     from latent_diffusion_jax import build, pipeline
-    from latent_diffusion_jax.config import to_json
-    from latent_diffusion_jax.train.checkpoint import check_config
+    from latent_diffusion_jax.config import stored_config
     from latent_diffusion_jax.train.sharding import make_mesh
 
     config = _config(args)
-    if args.config is not None:
-        check_config(args.workdir, to_json(config))
+    here, there = (
+        {name: section for name, section in each.to_dict().items() if name not in FREE}
+        for each in (config, stored_config(args.workdir))
+    )
+    differing = differences(here, there, "in the workdir")
+    if differing:
+        raise UserError(f"{args.workdir} holds another config; {'; '.join(differing)}")
     if phase and config.phase != phase:
         raise UserError(f"{args.workdir!r} holds phase {config.phase!r}; this takes {phase!r}")
     mesh = build.unpack("mesh", make_mesh, config.mesh)
@@ -292,7 +318,7 @@ def sample(args) -> None:
         "options": dict(options["options"]),
     }
     grid = pipeline.write_samples(out, batches, args.number, inputs, trained.class_names, asked)
-    print(f"{args.number} images in {out}, all of them in {grid}")
+    print(f"{args.number} images in {out}, side by side in {grid}")
 
 
 def reconstruct(args) -> None:
@@ -309,9 +335,13 @@ def reconstruct(args) -> None:
 
 def describe(args) -> None:
     """Prints a table, or JSON."""
-    from latent_diffusion_jax.describe import describe, table
+    from latent_diffusion_jax.describe import arrays, describe, table
 
-    facts = describe(_config(args, required=True))
+    config = _config(args, required=True)
+    if args.arrays:
+        print(arrays(config))
+        return
+    facts = describe(config)
     print(json.dumps(facts, indent=2) if args.json else table(facts))
 
 

@@ -5,10 +5,10 @@ into the constructor it names, so that a key which nobody takes is an error.
 """
 
 import inspect
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -17,14 +17,20 @@ from latent_diffusion_jax.conditioning.cond import Cond, Conditioner, unconditio
 from latent_diffusion_jax.conditioning.label import label
 from latent_diffusion_jax.data.sources import SOURCES, make_source
 from latent_diffusion_jax.diffusion import objective as diffusion_objective
-from latent_diffusion_jax.diffusion.schedule import Schedule, make_schedule
+from latent_diffusion_jax.diffusion.schedule import SCHEDULES, Schedule, make_schedule
 from latent_diffusion_jax.errors import UserError, choose
 from latent_diffusion_jax.first_stage import objective as first_stage_objective
 from latent_diffusion_jax.first_stage.autoencoder import Autoencoder
-from latent_diffusion_jax.first_stage.stage import FirstStage, check_image_size, make_first_stage
+from latent_diffusion_jax.first_stage.stage import (
+    FIRST_STAGES,
+    FirstStage,
+    check_image_size,
+    make_first_stage,
+)
 from latent_diffusion_jax.nn.unet import UNet
 from latent_diffusion_jax.train.objective import Objective, make_objective
-from latent_diffusion_jax.train.optim import make_optimizer
+from latent_diffusion_jax.train.optim import SCHEDULES as LR_SCHEDULES
+from latent_diffusion_jax.train.optim import make_lr_schedule, make_optimizer
 
 CONDITIONERS: dict[str, Callable[..., Conditioner]] = {"none": unconditional, "label": label}
 PHASES = ("first_stage", "diffusion")
@@ -35,28 +41,34 @@ def unpack(
     function: Callable,
     options: Mapping[str, Any],
     *,
-    takes: Callable | None = None,
+    takes: Sequence[Callable] = (),
     **given: Any,
 ) -> Any:
-    """Calls `function(**given, **options)` with a section of the config.
+    """Calls `function(**given, **options)` with a section of the config, its keys checked first.
 
-    `takes` is where `function` passes its keywords on to, for the list of choices.
+    `takes` are the functions that `function` passes its further keywords on to.
 
     Raises:
       UserError: a key that is unknown or missing.
     """
-    try:
-        return function(**given, **_plain(options))
-    except TypeError as error:
-        message = str(error).partition("() ")[2]
-        unknown = re.match(r"got an unexpected keyword argument '(\w+)'", message)
-        if unknown:
-            names = [*inspect.signature(takes or function).parameters]
-            accepted = [n for n in names if n not in (*given, "parent", "name")]
-            choose(f"key in config.{section}:", unknown[1], dict.fromkeys(accepted))
-        if message.startswith("missing "):
-            raise UserError(f"config.{section} is {message}") from error
-        raise
+    options = _plain(options)
+    keywords: dict[str, inspect.Parameter] = {}
+    for taker in (function, *takes):
+        keywords = {**_keywords(taker), **keywords}
+    keywords = {name: keyword for name, keyword in keywords.items() if name not in given}
+    for name in options:
+        choose(f"key in config.{section}:", name, keywords)
+    missing = [n for n, k in keywords.items() if k.default is k.empty and n not in options]
+    if missing:
+        raise UserError(f"config.{section} lacks {', '.join(sorted(missing))}")
+    return function(**given, **options)
+
+
+def _keywords(function: Callable) -> dict[str, inspect.Parameter]:
+    keywords = dict(inspect.signature(function).parameters)
+    if isinstance(function, type) and issubclass(function, nn.Module):
+        del keywords["parent"], keywords["name"]  # flax's, not the config's
+    return {name: k for name, k in keywords.items() if k.kind is not k.VAR_KEYWORD}
 
 
 def _plain(value: Any) -> Any:
@@ -69,17 +81,23 @@ def _plain(value: Any) -> Any:
 def source(config: ConfigDict, split: str):
     """The data of a split, "train" or "validation"."""
     takes = choose("data source", config.data.source.name, SOURCES)
-    return unpack("data.source", make_source, config.data.source, takes=takes, split=split)
+    return unpack("data.source", make_source, config.data.source, takes=[takes], split=split)
+
+
+def dtype(config: ConfigDict) -> Any:
+    """What networks compute in; parameters are float32."""
+    return choose("dtype", config.dtype, {"float32": jnp.float32, "bfloat16": jnp.bfloat16})
 
 
 def first_stage(config: ConfigDict) -> FirstStage:
     """The first stage, checked against the image size of the data."""
+    make = choose("first stage", config.first_stage.kind, FIRST_STAGES)
     stage = unpack(
         "first_stage",
         make_first_stage,
         config.first_stage,
-        takes=Autoencoder,
-        dtype=jnp.dtype(config.dtype),
+        takes=[make] if config.first_stage.kind == "identity" else [make, Autoencoder],
+        dtype=dtype(config),
     )
     check_image_size(stage, config.data.image_size)
     return stage
@@ -94,7 +112,9 @@ def conditioner(config: ConfigDict) -> Conditioner:
 
 def schedule(config: ConfigDict) -> Schedule:
     """The noise schedule."""
-    return unpack("diffusion.schedule", make_schedule, config.diffusion.schedule)
+    section = config.diffusion.schedule
+    takes = choose("schedule", section.name, SCHEDULES)
+    return unpack("diffusion.schedule", make_schedule, section, takes=[takes])
 
 
 def unet(config: ConfigDict) -> UNet:
@@ -104,7 +124,7 @@ def unet(config: ConfigDict) -> UNet:
         UNet,
         config.unet,
         out_channels=first_stage(config).channels,
-        dtype=jnp.dtype(config.dtype),
+        dtype=dtype(config),
     )
 
 
@@ -183,7 +203,7 @@ def loss(config: ConfigDict) -> Callable:
             "loss",
             first_stage_objective.make_loss,
             config.loss,
-            takes=takes,
+            takes=[takes],
             stage=stage,
             kind=kind,
         )
@@ -203,6 +223,9 @@ def loss(config: ConfigDict) -> Callable:
 def objective(config: ConfigDict) -> Objective:
     """What the config's phase optimises."""
     choose("phase", config.phase, dict.fromkeys(PHASES))
+    takes = choose("learning-rate schedule", config.optim.schedule.name, LR_SCHEDULES)
+    # for its keys: make_optimizer builds it again
+    unpack("optim.schedule", make_lr_schedule, config.optim.schedule, takes=[takes])
     tx, lr_at = unpack("optim", make_optimizer, config.optim)
     section = dict(config.train)
     section.pop("batch_size")

@@ -5,10 +5,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
 from latent_diffusion_jax.errors import UserError, choose
 
@@ -81,6 +82,15 @@ def to_json(config: ConfigDict) -> str:
     return config.to_json(indent=2, sort_keys=True)
 
 
+def _from_json(value: Any) -> Any:
+    # JSON knows neither tuples nor typed placeholders, and only those can be overridden
+    if isinstance(value, dict):
+        return {k: _from_json(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return tuple(_from_json(v) for v in value)
+    return config_dict.placeholder(float) if value is None else value
+
+
 def stored_config(workdir: str) -> ConfigDict:
     """The config that a workdir was made with.
 
@@ -89,8 +99,8 @@ def stored_config(workdir: str) -> ConfigDict:
     """
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
-        raise UserError(f"no config.json in {workdir!r}: train there first, or give --config")
+        raise UserError(f"no config.json in {workdir!r}: train there first")
     try:
-        return ConfigDict(json.loads(path.read_text()))
+        return ConfigDict(_from_json(json.loads(path.read_text())))
     except ValueError as error:
         raise UserError(f"{str(path)!r} is not readable as JSON: {error}") from error

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build
@@ -87,9 +88,15 @@ def flops(function: Callable, *abstract: Any) -> float:
     return float(cost.get("flops", 0.0))
 
 
+def arrays(config: ConfigDict) -> str:
+    """A table of every trained array: name, shape, size."""
+    params = jax.eval_shape(build.init_params(config), jax.random.key(0))
+    return parameter_overview.get_parameter_overview(params, include_stats=False)
+
+
 def count(tree: Any) -> int:
     """Numbers in a tree of arrays."""
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+    return int(parameter_overview.count_parameters(tree)) if tree else 0
 
 
 def parts(tree: dict) -> dict[str, int]:

@@ -22,7 +22,8 @@ def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
         return table[name]
     close = difflib.get_close_matches(str(name), table, n=1)
     hint = f" did you mean {close[0]!r}?" if close else ""
-    raise UserError(f"unknown {kind} {name!r};{hint} one of {', '.join(sorted(table))}")
+    choices = f"one of {', '.join(sorted(table))}" if table else "there are none"
+    raise UserError(f"unknown {kind} {name!r};{hint} {choices}")
 
 
 def differences(here: Mapping, there: Mapping, place: str) -> list[str]:

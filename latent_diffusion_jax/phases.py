@@ -7,6 +7,7 @@ that a workdir is complete: it can be moved, and sampled from alone.
 import itertools
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -21,8 +22,9 @@ from latent_diffusion_jax import build, pipeline
 from latent_diffusion_jax.config import stored_config, to_json
 from latent_diffusion_jax.data.latents import Latents, write_latents
 from latent_diffusion_jax.data.loader import make_loader
-from latent_diffusion_jax.errors import UserError, differences
+from latent_diffusion_jax.errors import UserError, choose, differences
 from latent_diffusion_jax.train.checkpoint import Checkpointer, write_config
+from latent_diffusion_jax.train.checksum import checksums
 from latent_diffusion_jax.train.metrics import Progress, average
 from latent_diffusion_jax.train.objective import Objective
 from latent_diffusion_jax.train.sharding import put_batch, put_tree
@@ -46,7 +48,7 @@ class Phase(NamedTuple):
 
 def make_phase(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
     """Everything to train the config's phase in a workdir."""
-    make = {"first_stage": _first_stage, "diffusion": _diffusion}[config.phase]
+    make = choose("phase", config.phase, {"first_stage": _first_stage, "diffusion": _diffusion})
     return make(config, workdir, mesh)
 
 
@@ -67,19 +69,18 @@ def _first_stage(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
 
 def _diffusion(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
     objective = build.objective(config)
-    params = prepare_first_stage(config, workdir, mesh)
+    generate = pipeline.make_generate(config, mesh, **config.sample)
     if config.latents.source == "cache":
-        train, validation = (
-            Latents(directory=latents_path(workdir, split), fingerprint=fingerprint(config, split))
-            for split in SPLITS
-        )
+        params = prepare_first_stage(config, workdir, mesh)
+        train, validation = (cached(config, workdir, split, params) for split in SPLITS)
+        check_classes(config, train.num_classes)
     else:
         train, validation = (build.source(config, split) for split in SPLITS)
-    check_classes(config, train.num_classes)
+        check_classes(config, train.num_classes)
+        params = prepare_first_stage(config, workdir, mesh)
     scale = latent_scale(config, workdir, params, mesh)
     frozen = {"first_stage": params, "latent_scale": jnp.float32(scale)}
 
-    generate = pipeline.make_generate(config, mesh, **config.sample)
     indices = np.arange(-(-PREVIEWS // mesh.size) * mesh.size)
     inputs = pipeline.example_inputs(config, indices)
 
@@ -167,41 +168,62 @@ def prepare_first_stage(config: ConfigDict, workdir: str, mesh: Mesh) -> Any:
     """
     if config.first_stage.kind == "identity":
         return {}
-    copy = epath.Path(workdir) / "first_stage"
-    if not (copy / "config.json").exists():
-        origin = config.run.first_stage
-        if not origin:
-            raise UserError(
-                "phase 2 needs a trained first stage: --config.run.first_stage=WORKDIR of phase 1"
-            )
-        theirs = stored_config(origin)
-        if theirs.phase != "first_stage":
-            raise UserError(f"config.run.first_stage={origin!r} holds phase {theirs.phase!r}")
-        differing = differences(
-            config.first_stage.to_dict(), theirs.first_stage.to_dict(), f"in {origin}"
-        )
-        if differing:
-            raise UserError(f"config.first_stage is not what was trained: {'; '.join(differing)}")
-        params, _ = pipeline.load_params(theirs, origin, mesh)
-        checkpointer = Checkpointer(str(copy))
-        checkpointer.save(0, TrainState(jnp.int32(0), params, (), {}), {})
-        checkpointer.close()
-        # last, since it says that the copy is whole
-        write_config(str(copy), to_json(theirs))
-    params, _ = pipeline.load_params(stored_config(str(copy)), str(copy), mesh)
+    copy = str(epath.Path(workdir) / "first_stage")
+    if (epath.Path(copy) / "config.json").exists():
+        print(f"first stage: {copy}, copied before", flush=True)
+    else:
+        _copy_first_stage(config, config.run.first_stage, copy, mesh)
+    params, _ = pipeline.load_params(_same_first_stage(config, copy), copy, mesh)
     return put_tree(mesh, params["autoencoder"])
+
+
+def _copy_first_stage(config: ConfigDict, origin: str, copy: str, mesh: Mesh) -> None:
+    if not origin:
+        raise UserError(
+            "phase 2 needs a trained first stage: --config.run.first_stage=WORKDIR of phase 1"
+        )
+    try:
+        theirs = _same_first_stage(config, origin)
+        params, (step, _) = pipeline.load_params(theirs, origin, mesh)
+    except UserError as error:
+        raise UserError(f"config.run.first_stage: {error}") from error
+    checkpointer = Checkpointer(copy)
+    checkpointer.save(0, TrainState(jnp.int32(0), params, (), {}), {})
+    checkpointer.close()
+    write_config(copy, to_json(theirs))  # last, since it says that the copy is whole
+    print(f"first stage: {copy}, copied from {origin} at step {step}", flush=True)
+
+
+def _same_first_stage(config: ConfigDict, place: str) -> ConfigDict:
+    theirs = stored_config(place)
+    if theirs.phase != "first_stage":
+        raise UserError(f"{place!r} holds phase {theirs.phase!r}; this takes 'first_stage'")
+    differing = differences(
+        config.first_stage.to_dict(), theirs.first_stage.to_dict(), f"in {place}"
+    )
+    if differing:
+        raise UserError(f"config.first_stage is not what was trained: {'; '.join(differing)}")
+    return theirs
 
 
 def latent_scale(config: ConfigDict, workdir: str, params: Any, mesh: Mesh) -> float:
     """What latents are multiplied by: the config's, or 1 / their standard deviation.
 
     Measured once, over many batches (the original: over one), and kept in the workdir.
+
+    Raises:
+      UserError: a scale or a deviation that is not positive.
     """
     if config.latents.scale is not None:
+        if not config.latents.scale > 0:
+            raise UserError(f"latents.scale {config.latents.scale} must be above 0")
         return config.latents.scale
     path = epath.Path(workdir) / "latent_scale.json"
+    made_from = fingerprint(config, "train", params)
     if path.exists():
-        return json.loads(path.read_text())["latent_scale"]
+        stored = json.loads(path.read_text())
+        if not differences(made_from, stored["fingerprint"], "stored"):
+            return stored["latent_scale"]
     stage = build.first_stage(config)
 
     @jax.jit
@@ -216,10 +238,15 @@ def latent_scale(config: ConfigDict, workdir: str, params: Any, mesh: Mesh) -> f
         for b, key in zip(batches, keys)
     ]
     mean, square = np.mean(np.asarray(moments, np.float64), axis=0)
-    scale = float(1 / math.sqrt(square - mean**2))
+    variance = float(square - mean**2)
+    if not 0 < variance < math.inf:
+        raise UserError(f"the variance of the latents is {variance}: is the first stage trained?")
+    scale = 1 / math.sqrt(variance)
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"latent_scale": scale, "batches": SCALE_BATCHES}))
+        temporary = path.with_name("latent_scale.json.tmp")
+        temporary.write_text(json.dumps({"latent_scale": scale, "fingerprint": made_from}))
+        temporary.replace(path)
     return scale
 
 
@@ -228,17 +255,44 @@ def latents_path(workdir: str, split: str) -> str:
     return str(epath.Path(workdir) / "latents" / split)
 
 
-def fingerprint(config: ConfigDict, split: str) -> dict[str, Any]:
-    """What cached moments depend on."""
+def fingerprint(config: ConfigDict, split: str, params: Any) -> dict[str, Any]:
+    """What the moments of a split depend on; `params` are the first stage's."""
     return {
         "split": split,
         "data": config.data.to_dict(),
         "first_stage": config.first_stage.to_dict(),
+        "weights": zlib.crc32(json.dumps(checksums(params)).encode()),
     }
 
 
+def cached(config: ConfigDict, workdir: str, split: str, params: Any) -> Latents:
+    """The cached moments of a split.
+
+    Raises:
+      UserError: there are none, or they are of something else.
+    """
+    return Latents(
+        directory=latents_path(workdir, split), fingerprint=fingerprint(config, split, params)
+    )
+
+
+def _is_encoded(config: ConfigDict, workdir: str, split: str, params: Any, count: int) -> bool:
+    try:
+        latents = cached(config, workdir, split, params)
+        latents.verify()
+    except UserError:
+        return False
+    keys = build.batch_keys(config, cached=True)
+    return len(latents) == count and set(keys) <= latents.files.keys()
+
+
 def encode(config: ConfigDict, workdir: str, mesh: Mesh) -> float:
-    """Writes the posterior moments of both splits to `<workdir>/latents`; returns the scale."""
+    """Writes the posterior moments of both splits to `<workdir>/latents`; returns the scale.
+
+    What is there already, of the same data and first stage, is kept.
+    """
+    if jax.process_count() > 1:
+        raise UserError(f"encode runs in one process, not in {jax.process_count()}")
     sources = {split: build.source(config, split) for split in SPLITS}
     check_classes(config, sources["train"].num_classes)
     params = prepare_first_stage(config, workdir, mesh)
@@ -246,25 +300,31 @@ def encode(config: ConfigDict, workdir: str, mesh: Mesh) -> float:
     encoder = jax.jit(build.first_stage(config).encode)
     rows = config.train.batch_size
     for split, source in sources.items():
+        place = latents_path(workdir, split)
+        if _is_encoded(config, workdir, split, params, len(source)):
+            print(f"{split}: encoded before; to do it again, remove {place}", flush=True)
+            continue
         progress = Progress(len(source), unit=f"{split} image")
 
         def batches(source=source, progress=progress):
-            done = 0
+            done, tenths = 0, 0
             for batch in in_order(config, source, rows):
                 image = batch.pop("image")
                 count = len(image)
                 padded = np.pad(image, ((0, rows - count), (0, 0), (0, 0), (0, 0)))
                 moments = encoder(params, put_batch(mesh, {"image": padded})["image"])
+                yield {"moments": np.asarray(moments)[:count], **batch}
                 done += count
                 progress.update(done)
-                yield {"moments": np.asarray(moments)[:count], **batch}
-            progress.line(done, "encoded")
+                if done * 10 // len(source) > tenths:
+                    tenths = done * 10 // len(source)
+                    progress.line(done, "encoded")
 
         write_latents(
-            latents_path(workdir, split),
+            place,
             batches(),
             count=len(source),
-            fingerprint=fingerprint(config, split),
+            fingerprint=fingerprint(config, split, params),
             latent_scale=scale,
             num_classes=source.num_classes,
             class_names=source.class_names,

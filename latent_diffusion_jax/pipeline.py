@@ -38,6 +38,8 @@ from latent_diffusion_jax.train.sharding import (
 )
 from latent_diffusion_jax.train.state import sampling_params
 
+GRID = 400  # images in a grid at most: thousands, for a measurement, are kept as files alone
+
 
 class Trained(NamedTuple):
     """A trained workdir. params: by network; frozen: first_stage and latent_scale, in phase 2."""
@@ -193,15 +195,21 @@ def write_samples(
     class_names: tuple[str, ...] | None,
     asked: Mapping[str, Any],
 ) -> Path:
-    """Writes `000000.png` ..., `samples.json` (what each is) and `grid.png`; returns its path."""
+    """Writes `000000.png` ..., `samples.json` (what each is) and `grid.png`; returns its path.
+
+    The grid shows the first `GRID` of them.
+    """
     out.mkdir(parents=True, exist_ok=True)
     progress = Progress(number, unit="image")
-    images: list[np.ndarray] = []
+    shown: list[np.ndarray] = []
+    done = 0
     for batch in batches:
-        for image in to_uint8(batch):
-            Image.fromarray(image).save(out / f"{len(images):06d}.png")
-            images.append(image)
-        progress.line(len(images), "")
+        images = to_uint8(batch)
+        for i, image in enumerate(images, done):
+            Image.fromarray(image).save(out / f"{i:06d}.png")
+        shown.extend(images[: GRID - len(shown)])
+        done += len(images)
+        progress.line(done, "sampled")
     progress.close()
     records = [
         {
@@ -214,8 +222,8 @@ def write_samples(
         for record in records:
             record["class"] = class_names[record["label"]]
     (out / "samples.json").write_text(json.dumps({**asked, "images": records}, indent=1))
-    columns = math.ceil(math.sqrt(number))
-    Image.fromarray(grid(np.stack(images), columns)).save(out / "grid.png")
+    columns = math.ceil(math.sqrt(len(shown)))
+    Image.fromarray(grid(np.stack(shown), columns)).save(out / "grid.png")
     return out / "grid.png"
 
 
@@ -256,7 +264,9 @@ def write_reconstructions(
     rows_of = [x[i : i + columns] for i in range(0, number, columns) for x in (originals, hats)]
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(grid(_filled(rows_of, columns), columns)).save(out)
-    return {"psnr": float(np.mean(10 * np.log10(4 / mse))), "l1": float(np.abs(error).mean())}
+    with np.errstate(divide="ignore"):  # the identity stage has no error
+        psnr = 10 * np.log10(4 / mse)
+    return {"psnr": float(psnr.mean()), "l1": float(np.abs(error).mean())}
 
 
 def _filled(rows: list[np.ndarray], columns: int) -> np.ndarray:

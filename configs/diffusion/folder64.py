@@ -1,8 +1,8 @@
 """Class-conditional LDM-4 on a folder of your own images at 64 pixels: phase 2.
 
-python -m latent_diffusion_jax encode --config=configs/diffusion/folder64.py --workdir=runs/mine/ldm \\
-    --config.data.source.path=DIR --config.conditioning.num_classes=N \\
-    --config.run.first_stage=runs/mine/ae
+python -m latent_diffusion_jax encode --config=configs/diffusion/folder64.py \\
+    --workdir=runs/mine/ldm --config.data.source.path=DIR \\
+    --config.conditioning.num_classes=N --config.run.first_stage=runs/mine/ae
 python -m latent_diffusion_jax train (the same arguments)
 
 Arguments: `:unconditional` (images without labels), `:vq` (on the VQ first stage), `:tiny` (a smoke

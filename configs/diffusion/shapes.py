@@ -1,7 +1,7 @@
 """Class-conditional LDM-4 on the embedded coloured shapes at 32 pixels: phase 2 of the demo.
 
-python -m latent_diffusion_jax encode --config=configs/diffusion/shapes.py --workdir=runs/shapes/ldm \\
-    --config.run.first_stage=runs/shapes/ae
+python -m latent_diffusion_jax encode --config=configs/diffusion/shapes.py \\
+    --workdir=runs/shapes/ldm --config.run.first_stage=runs/shapes/ae
 python -m latent_diffusion_jax train (the same arguments)
 
 Arguments: `:vq` (on the VQ first stage), `:pixels` (f = 1, no first stage), `:tiny` (a smoke run).
@@ -26,7 +26,6 @@ def get_config(arg=""):
                 **sections.TINY_RUN,
                 "train.batch_size": 8,
                 "unet.model_channels": 8,
-                "unet.num_groups": 8,
                 "unet.num_groups": 8,
                 "data.source.size": 64,
                 "latents.source": "online",

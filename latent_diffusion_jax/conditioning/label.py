@@ -40,7 +40,7 @@ def parse_labels(text: str, num_classes: int, names: Sequence[str] | None) -> li
     numbers = {name: i for i, name in enumerate(names or ())}
     labels = []
     for word in (word.strip() for word in text.split(",")):
-        if word in numbers or not word.removeprefix("-").isdigit():
+        if word in numbers or not word.removeprefix("-").isdecimal():
             labels.append(choose("class", word, numbers or {f"0..{num_classes - 1}": 0}))
         elif 0 <= int(word) < num_classes:
             labels.append(int(word))

@@ -84,6 +84,8 @@ def _kl(**network: Any) -> FirstStage:
         shape = (*moments.shape[:-1], moments.shape[-1] // 2)
         return posterior.sample(moments, jax.random.normal(key, shape))
 
+    if network.get("codebook_size") is not None:
+        raise UserError("first stage 'kl' has no codebook: remove codebook_size, or use 'vq'")
     return _convolutional(Autoencoder(**network), sample, posterior.mode)
 
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# torch's default: uniform with variance 1 / (3 fan_in)
-default_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# flax's default: three times the variance of torch's, with which short runs learn markedly faster
+lecun_normal = nn.initializers.lecun_normal()
 zeros = nn.initializers.zeros
 
 
@@ -25,9 +25,9 @@ def conv(
     width: int = 3,
     stride: int = 1,
     padding=None,
-    kernel_init=default_init,
+    kernel_init=lecun_normal,
 ) -> nn.Conv:
-    """A convolution with torch's symmetric padding `width // 2` and torch's initialisation."""
+    """A convolution with torch's symmetric padding, `width // 2`."""
     padding = width // 2 if padding is None else padding
     return nn.Conv(
         features, (width, width), stride, padding, dtype=dtype, kernel_init=kernel_init, name=name
@@ -35,7 +35,7 @@ def conv(
 
 
 def dense(
-    features: int, name: str | None = None, *, dtype: Any, use_bias=True, kernel_init=default_init
+    features: int, name: str | None = None, *, dtype: Any, use_bias=True, kernel_init=lecun_normal
 ):
     """A linear layer over the last axis; the published 1x1 convolutions are this too."""
     return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=kernel_init, name=name)

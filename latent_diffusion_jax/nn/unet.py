@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from latent_diffusion_jax.conditioning.cond import Cond
+from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.nn.attention import AttentionBlock, SpatialTransformer
 from latent_diffusion_jax.nn.layers import (
     Downsample,
@@ -141,8 +142,12 @@ class UNet(nn.Module):
     def _attention(self, x, name, context):
         channels = x.shape[-1]
         if (self.num_heads is None) == (self.num_head_channels is None):
-            raise ValueError("set exactly one of num_heads and num_head_channels")
-        heads = self.num_heads or channels // self.num_head_channels
+            raise UserError("set exactly one of unet.num_heads and unet.num_head_channels")
+        divisor = self.num_heads or self.num_head_channels
+        if channels % divisor:
+            which = "num_heads" if self.num_heads else "num_head_channels"
+            raise UserError(f"{channels} channels do not divide by unet.{which} = {divisor}")
+        heads = self.num_heads or channels // divisor
         if self.transformer_depth == 0:
             block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
             return block(heads, self.num_groups, self.dtype, name=name)(x)

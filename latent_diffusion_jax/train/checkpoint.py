@@ -48,7 +48,7 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"
+    return f"{type(error).__name__}: {text[:120]}"
 
 
 class Checkpointer:

@@ -183,7 +183,8 @@ def train(
       log_every: steps between lines of averages; also in plain text where there is no terminal.
       eval_every: steps between calls of `evaluate(state)`, whose values are logged as they are.
       image_every: steps between calls of `visualise(state, step)` -> name: [N, H, W, C].
-      checkpoint_every: steps between checkpoints. 0 is never; but the last three also end the run.
+      checkpoint_every: steps between checkpoints. An interval of 0 is never, but evaluation,
+        pictures and a checkpoint always end the run.
       meta: JSON stored in every checkpoint, beside `data` and `window`, which are added here.
       accumulate: that of the objective, to count FLOPs.
 

@@ -135,6 +135,25 @@ def test_times_and_noise_cover_their_distributions():
     assert abs(np.corrcoef(eps, t)[0, 1]) < 4 / np.sqrt(len(t))
 
 
+def test_the_network_has_a_dropout_key_in_training_alone():
+    keys = []
+
+    def spy(params, z_t, t, cond, key):
+        keys.append(key)
+        return jnp.zeros_like(z_t)
+
+    loss_function = make_loss(
+        denoise_network=spy,
+        conditioner=unconditional(),
+        latents=lambda frozen, batch, key: batch["z"],
+        schedule=SCHEDULE,
+    )
+    for seed, train in ((0, True), (0, True), (1, True), (0, False)):
+        loss_function({"unet": {}}, None, batch_of(2), jax.random.key(seed), train)
+    assert keys[0] == keys[1] != keys[2]
+    assert keys[3] is None
+
+
 def seen_labels(train, rate, size=4000):
     seen = []
 

@@ -1,6 +1,5 @@
 """The UNet's building blocks against the original's numbers, one module at a time."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +10,11 @@ from latent_diffusion_jax.nn.layers import (
     ResBlock,
     Upsample,
     average_pool,
+    group_norm,
     timestep_embedding,
     upsample_nearest,
 )
-from tests.published import check_module, golden
+from tests.published import check_module, golden, nhwc
 
 BLOCKS = {
     "resblock": ResBlock(64),
@@ -34,17 +34,16 @@ def test_published_block(name):
 
 def test_published_average_pool():
     arrays, _ = golden("modules")
-    x, expected = (np.moveaxis(arrays[n], 1, -1) for n in ("x", "out_unet_avgpool/scale1.0"))
-    np.testing.assert_allclose(average_pool(x), expected, atol=1e-6)
+    pooled = average_pool(nhwc(arrays["x"]))
+    np.testing.assert_allclose(pooled, nhwc(arrays["out_unet_avgpool/scale1.0"]), atol=1e-6)
 
 
 @pytest.mark.parametrize("dim", [192, 320])
 def test_published_timestep_embedding(dim):
-    arrays, info = golden("timestep_embedding")
+    arrays, _ = golden("timestep_embedding")
     error = np.abs(timestep_embedding(arrays["t"], dim) - arrays[f"dim{dim}"])
-    # float32 sinusoids of large angles; the original's are as far from the exact ones
-    assert error.max() <= 1.1 * info["f32_max_abs_err"][str(dim)]
-    np.testing.assert_allclose(error[arrays["t"] < 10], 0, atol=1e-6)
+    assert error.max() < 5e-5  # of float32 angles near 999: the original's error too
+    assert error[arrays["t"] <= 10].max() < 1e-6
 
 
 def test_timestep_embedding_of_odd_dim_ends_in_a_zero():
@@ -54,7 +53,7 @@ def test_timestep_embedding_of_odd_dim_ends_in_a_zero():
 
 
 def test_upsampling_repeats_and_pooling_undoes_it():
-    x = jax.random.normal(jax.random.key(0), (2, 3, 5, 4))
+    x = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32)
     up = upsample_nearest(x)
     np.testing.assert_array_equal(up, np.repeat(np.repeat(x, 2, axis=1), 2, axis=2))
     np.testing.assert_allclose(average_pool(up), x, atol=1e-6)
@@ -62,17 +61,17 @@ def test_upsampling_repeats_and_pooling_undoes_it():
 
 def test_block_is_the_identity_at_first():
     """Its last convolution starts at zero."""
-    block, x = ResBlock(8, num_groups=4), jax.random.normal(jax.random.key(0), (1, 4, 4, 8))
-    out, _ = block.init_with_output(jax.random.key(1), x, jnp.ones((1, 16)))
+    x = np.random.default_rng(0).normal(size=(1, 4, 4, 8)).astype(np.float32)
+    init = jax.jit(ResBlock(8, num_groups=4).init_with_output)
+    out, _ = init(jax.random.key(1), x, np.ones((1, 16), np.float32))
     np.testing.assert_array_equal(out, x)
 
 
 def test_group_norm_survives_a_large_mean():
-    """Statistics are float32 and two-pass, also where computing is in bfloat16."""
-    from latent_diffusion_jax.nn.layers import group_norm
-
-    x = 1000 + jax.random.normal(jax.random.key(0), (1, 16, 16, 8))
+    """E[x^2] - E[x]^2 in float32 would leave noise of the size of the variance."""
+    x = 3000 + np.random.default_rng(0).normal(size=(1, 16, 16, 8)).astype(np.float32)
     norm = group_norm("norm", num_groups=4, epsilon=1e-6, dtype=jnp.float32)
-    out, _ = norm.init_with_output(jax.random.key(1), x)
-    assert isinstance(norm, nn.GroupNorm)
-    np.testing.assert_allclose(jnp.std(out), 1, atol=1e-3)
+    out, _ = jax.jit(norm.init_with_output)(jax.random.key(1), x)
+    exact = x.astype(np.float64).reshape(256, 4, 2)
+    exact = (exact - exact.mean(axis=(0, 2), keepdims=True)) / exact.std(axis=(0, 2), keepdims=True)
+    np.testing.assert_allclose(out, exact.reshape(x.shape), atol=2e-3)

@@ -129,6 +129,8 @@ FAULTS = {
 }
 
 
+# TensorStore's threads may still call back into a read that has failed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_damage_to_any_file_is_never_silently_wrong(saved, tmp_path, fault, capfd):
     step_8 = saved / "checkpoints" / "8"

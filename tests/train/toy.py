@@ -138,7 +138,7 @@ def train_slowly(workdir):
     return train(
         workdir,
         steps=40,
-        mesh=make_mesh(data=2, fsdp=4),
+        mesh=make_mesh(data=2),
         batches=SlowBatches(),
         log_every=1,
         checkpoint_every=3,

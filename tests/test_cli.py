@@ -1,0 +1,395 @@
+"""Every verb through the command line: what it makes, and one clear line for every mistake."""
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from latent_diffusion_jax.__main__ import main
+from latent_diffusion_jax.data.shapes import CLASS_NAMES
+from latent_diffusion_jax.train.metrics import read_jsonl
+from tests.cli import (
+    DIFFUSION,
+    FIRST_STAGE,
+    FIRST_STAGE_KEYS,
+    FOLDER,
+    ROOT,
+    SMALL,
+    SMALL_UNET,
+    do,
+    mistake,
+    run,
+    without,
+)
+
+VERBS = ("train", "encode", "sample", "reconstruct", "describe")
+PIXELS = """
+from configs.diffusion import shapes
+
+
+def get_config(arg=""):
+    config = shapes.get_config("pixels")
+    with config.unlocked():
+        config.conditioning = dict(kind="none")
+    return config
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def sigterm():
+    """`train` changes what the signal does, for the rest of its process."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def ae(runs):
+    do("train", FIRST_STAGE, f"--workdir={runs}/ae", *SMALL)
+    return runs / "ae"
+
+
+@pytest.fixture(scope="module")
+def diffusion(ae):
+    """The arguments of phase 2, on cached latents."""
+    return [DIFFUSION, *SMALL, *SMALL_UNET, f"--config.run.first_stage={ae}"]
+
+
+@pytest.fixture(scope="module")
+def ldm(runs, diffusion):
+    do("encode", *diffusion, f"--workdir={runs}/ldm")
+    do("train", *diffusion, f"--workdir={runs}/ldm")
+    return runs / "ldm"
+
+
+@pytest.fixture(scope="module")
+def pixels(runs):
+    """An unconditional model without a first stage, from a config of one's own."""
+    (runs / "pixels.py").write_text(PIXELS)
+    small = [*without(SMALL, FIRST_STAGE_KEYS), *SMALL_UNET, "--config.run.image_every=0"]
+    do("train", f"--config={runs}/pixels.py", f"--workdir={runs}/pixels", *small)
+    return runs / "pixels"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Images of any size and mode."""
+    folder = tmp_path_factory.mktemp("photos")
+    noise = np.random.default_rng(0).integers(0, 256, (90, 70, 4), np.uint8)
+    for mode in ("RGB", "RGBA", "L", "LA", "1", "P", "CMYK"):
+        suffix = "jpg" if mode == "CMYK" else "png"
+        Image.fromarray(noise).convert("RGB").convert(mode).save(folder / f"{mode}.{suffix}")
+    Image.fromarray(noise[:9, :300]).save(folder / "small.png")
+    Image.fromarray(noise[:1, :1]).save(folder / "pixel.png")
+    return folder
+
+
+def read(folder):
+    """The samples of a folder, int [N, H, W, 3]."""
+    files = sorted(folder.glob("[0-9]*.png"))
+    return np.stack([np.asarray(Image.open(file), np.int32) for file in files])
+
+
+# Help
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_the_options_of_one_verb_with_examples(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    options = set(re.findall(r"^  (--[a-z]+)", text, re.MULTILINE))
+    own = {
+        "train": set(),
+        "encode": set(),
+        "sample": {"--number", "--batch", "--labels", "--scale", "--sampler", "--steps"}
+        | {"--timesteps", "--eta", "--seed", "--out"},
+        "reconstruct": {"--number", "--batch", "--input", "--out"},
+        "describe": {"--json", "--arrays"},
+    }
+    shared = {"--config"} if verb == "describe" else {"--config", "--workdir"}
+    assert options == own[verb] | shared
+    assert f"python -m latent_diffusion_jax {verb} --" in text.partition("example")[2]
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_examples_of_the_help_are_real_commands(capsys):
+    from latent_diffusion_jax.__main__ import EXAMPLES, parser, split_config
+    from latent_diffusion_jax.config import load_config
+
+    for text in EXAMPLES.values():
+        commands = re.findall(r"latent_diffusion_jax (.*)", text.replace("\\\n", " "))
+        assert commands
+        for command in commands:
+            words = re.sub(r'"(.*?)"', lambda m: m[1].replace(" ", "_"), command).split()
+            rest, spec, overrides = split_config(words)
+            parser().parse_args(rest)
+            if spec:
+                load_config(str(ROOT / spec), overrides)
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ([], "required: VERB"),
+        (["trian"], "'trian' (choose from"),
+        (["train", "--steps=3", "--workdir=x"], "unrecognized arguments: --steps=3"),
+        (["train", FIRST_STAGE], "required: --workdir"),
+        (["train", FIRST_STAGE, "--workdir="], "'' is not a path"),
+        (["sample", "--workdir=x", "--steps=0"], "'0' is not a whole number from 1 on"),
+        (["sample", "--workdir=x", "--number=two"], "'two' is not a whole number from 1 on"),
+        (["sample", "--workdir=x", "--seed=-1"], "'-1' is not a whole number from 0"),
+        (["sample", "--workdir=x", "--seed=1.5"], "'1.5' is not a whole number from 0"),
+        (["sample", "--workdir=x", "--seed=4294967296"], "'4294967296' is not a whole number"),
+        (["sample", "--workdir=x", "--scale=nan"], "'nan' is not a finite number"),
+        (["reconstruct", "--workdir=x", "--out=x.jpg"], "'x.jpg' is not a .png file"),
+    ],
+)
+def test_what_the_parser_refuses(command, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+# Mistakes
+
+TRAINING = [
+    ("optm.lr=1", "section in config: 'optm'; did you mean 'optim'? one of data, dtype"),
+    ("optim.l=1", "key in config.optim: 'l'; did you mean 'lr'? one of b1, b2"),
+    ("optim.lr=fast", "config.optim.lr=fast"),
+    ("optim.name=sgd", "unknown optimizer 'sgd'; one of adam, adamw"),
+    ("optim.schedule.name=cosine", "unknown learning-rate schedule 'cosine'"),
+    ("phase=third", "unknown phase 'third'; one of diffusion, first_stage"),
+    ("dtype=float16", "unknown dtype 'float16'.* one of bfloat16, float32"),
+    ("first_stage.kind=kll", "unknown first stage 'kll'; did you mean 'kl'? one of identity"),
+    ("data.source.name=shape", "unknown data source 'shape'; did you mean 'shapes'? one of"),
+    ("data.crop=middle", "unknown crop 'middle'; one of center, random"),
+    ("data.image_size=33", "image size 33 .* f = 4; nearest sizes: 32 or 36"),
+    ("seed=-1", "seed -1 must be 0 to 2"),
+    ("mesh.data=3", "8 devices do not divide into a mesh of data=3 x fsdp=1"),
+    ("train.batch_size=12", "train.batch_size 12 does not divide by 8 devices"),
+    ("train.batch_size=0", "train.batch_size 0 must be at least 1"),
+    ("train.accumulate=3", "train.batch_size 8 .* 8 devices x train.accumulate 3"),
+    ("train.accumulate=0", "train.accumulate 0 must be at least 1"),
+    ("train.ema_networks=('unet',)", "ema_networks 'unet'; one of autoencoder"),
+    ("run.steps=0", "run.steps 0 must be at least 1"),
+    ("run.keep=0", "keep=0: at least one checkpoint must stay"),
+]
+
+
+def literal(text):
+    """A pattern in which only `.*` is special."""
+    return ".*".join(re.escape(part) for part in text.split(".*"))
+
+
+@pytest.mark.parametrize("change, message", TRAINING)
+def test_mistakes_in_phase_1(change, message, tmp_path, capsys):
+    line = mistake(
+        capsys, "train", f"{FIRST_STAGE}:tiny", f"--workdir={tmp_path}/x", f"--config.{change}"
+    )
+    assert re.search(literal(message), line)
+
+
+DIFFUSING = [
+    ("run.first_stage=", "phase 2 needs a trained first stage: --config.run.first_stage="),
+    ("run.first_stage=nowhere", "config.run.first_stage: no config.json in 'nowhere'"),
+    ("first_stage.embed_dim=3", "first_stage is not what was trained: embed_dim: 3 here, 4 in"),
+    ("data.image_size=34", "latents of 17x17 .* 2 levels of unet.channel_mult.*multiple of 4"),
+    ("conditioning.kind=lable", "unknown conditioning 'lable'; did you mean 'label'? one of"),
+    ("conditioning.num_classes=7", "the data has 12 classes, conditioning.num_classes is 7"),
+    ("diffusion.prediction=epsilon", "unknown prediction 'epsilon'; did you mean 'eps'? one of"),
+    ("diffusion.schedule.name=linar", "unknown schedule 'linar'; did you mean 'linear'?"),
+    ("latents.source=disk", "unknown latents.source 'disk'; one of cache, online"),
+    ("latents.scale=0.0", "latents.scale 0.0 must be above 0"),
+    ("sample.sampler=dimm", "unknown sampler 'dimm'; did you mean 'ddim'? one of ddim, ddpm"),
+    ("sample.timesteps=unifrm", "unknown timesteps 'unifrm'; did you mean 'uniform'?"),
+    ("sample.steps=2000", "2000 sampling steps; choose from 1 to 1000"),
+    ("sample.options.eta=3.0", "eta 3.0 of the sampler 'ddim'; choose from 0 to 1"),
+]
+
+
+@pytest.mark.parametrize("change, message", DIFFUSING)
+def test_mistakes_in_phase_2(change, message, ae, tmp_path, capsys):
+    small = [
+        *SMALL,
+        *without(SMALL_UNET, "--config.unet.channel_mult"),
+        "--config.unet.channel_mult=(1,2)",
+    ]
+    line = mistake(
+        capsys,
+        "train",
+        DIFFUSION,
+        *small,
+        f"--config.run.first_stage={ae}",
+        "--config.latents.source=online",
+        f"--config.{change}",
+        f"--workdir={tmp_path}/x",
+    )
+    assert re.search(literal(message), line)
+
+
+def test_files_and_workdirs_that_are_missing(ae, tmp_path, capsys):
+    def of(*command):
+        return mistake(capsys, *command)
+
+    here = f"--workdir={tmp_path}/x"
+    missing = f"--config={ROOT}/configs/first_stage/shape.py"
+    assert "no config file" in (line := of("train", missing, here))
+    assert "shapes.py" in line
+    assert "give --config=FILE" in of("train", here)
+    assert "--config.seed has no value" in of("train", FIRST_STAGE, here, "--config.seed")
+    assert "'tinny'; did you mean 'tiny'?" in of("train", f"{FIRST_STAGE}:tinny", here)
+    assert f"no config.json in '{tmp_path}/x'" in of("sample", here)
+    assert f"no config.json in '{tmp_path}/x'" in of("reconstruct", here)
+    line = of("encode", FIRST_STAGE, *SMALL, here)
+    assert line.endswith("encode takes a config of phase 'diffusion', not 'first_stage'")
+    line = of("sample", f"--workdir={ae}")
+    assert line.endswith(f"'{ae}' holds phase 'first_stage'; this takes 'diffusion'")
+    assert not (tmp_path / "x").exists()  # nothing was made on the way
+    shutil.copytree(ae, tmp_path / "untrained", ignore=shutil.ignore_patterns("[0-9]*"))
+    line = of("reconstruct", f"--workdir={tmp_path}/untrained")
+    assert f"no checkpoint in '{tmp_path}/untrained' yet" in line
+
+
+def test_a_first_stage_that_will_not_do(ae, ldm, diffusion, tmp_path, capsys):
+    def of(origin):
+        return mistake(
+            capsys,
+            *("train", *diffusion, "--config.latents.source=online", f"--workdir={tmp_path}/x"),
+            f"--config.run.first_stage={origin}",
+        )
+
+    assert f"'{ldm}' holds phase 'diffusion'; this takes 'first_stage'" in of(ldm)
+    shutil.copytree(ae, tmp_path / "untrained", ignore=shutil.ignore_patterns("[0-9]*"))
+    line = of(tmp_path / "untrained")
+    assert f"config.run.first_stage: no checkpoint in '{tmp_path}/untrained' yet" in line
+
+
+def test_paths_that_cannot_be_written(ae, ldm, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for command in (
+        ["train", f"{FIRST_STAGE}:tiny", f"--workdir={tmp_path}/file"],
+        ["train", f"{FIRST_STAGE}:tiny", f"--workdir={tmp_path}/file/x"],
+        ["sample", f"--workdir={ldm}", f"--out={tmp_path}/file"],
+        ["reconstruct", f"--workdir={ae}", f"--out={tmp_path}/file/x.png"],
+    ):
+        assert f"{tmp_path}/file" in mistake(capsys, *command)
+
+
+def test_mistakes_in_sampling(ldm, pixels, capsys):
+    def of(*options, workdir=ldm):
+        return mistake(capsys, "sample", f"--workdir={workdir}", *options)
+
+    assert "unknown sampler 'dimm'; did you mean 'ddim'? one of ddim, ddpm" in of("--sampler=dimm")
+    assert "unknown timesteps 'odd'; one of original" in of("--timesteps=odd")
+    assert "2000 sampling steps; choose from 1 to 1000" in of("--steps=2000")
+    assert "eta 3.0 of the sampler 'ddim'; choose from 0 to 1" in of("--eta=3")
+    assert "sampler 'ddpm'" in (line := of("--sampler=ddpm", "--eta=1"))
+    assert "'eta'" in line
+    line = of("--labels=red circl")
+    assert "unknown class 'red circl'; did you mean 'red circle'? one of blue circle" in line
+    assert "class 12 is not one of 0..11" in of("--labels=0,12")
+    assert "class -1 is not one of 0..11" in of("--labels=-1")
+    assert "--labels=1: this model has no class condition" in of("--labels=1", workdir=pixels)
+
+
+def test_mistakes_in_reconstruction(ae, tmp_path, capsys):
+    def of(folder):
+        return mistake(capsys, "reconstruct", f"--workdir={ae}", f"--input={folder}")
+
+    assert f"no folder '{tmp_path}/none' of images" in of(tmp_path / "none")
+    assert f"no images in '{tmp_path}'" in of(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert f"1 of 1 images cannot be read: '{tmp_path}/broken.png'" in of(tmp_path)
+
+
+def test_latents_that_are_missing_or_of_something_else(ae, ldm, diffusion, tmp_path, capsys):
+    line = mistake(capsys, "train", *diffusion, f"--workdir={tmp_path}/x")
+    assert f"no cached latents in '{tmp_path}/x/latents/train': run `encode`" in line
+    shutil.copytree(ldm / "latents", tmp_path / "x/latents")
+    seed = "--config.data.source.seed=1"
+    line = mistake(capsys, "train", *diffusion, f"--workdir={tmp_path}/x", seed)
+    assert "data.source.seed: 1 here, 0 in the cache: run `encode`" in line
+
+
+def test_another_config_is_refused_with_the_difference(ae, ldm, diffusion, capsys):
+    here = f"--workdir={ldm}"
+    expected = "holds another config; optim.lr: 0.5 here, 0.001 in the workdir"
+    assert expected in mistake(capsys, "train", *diffusion, here, "--config.optim.lr=0.5")
+    assert expected in mistake(capsys, "sample", *diffusion, here, "--config.optim.lr=0.5")
+    expected = "holds another config; unet.model_channels: 16 here, 8 in the workdir"
+    assert expected in mistake(capsys, "sample", here, "--config.unet.model_channels=16")
+    assert "another config" in mistake(capsys, "train", FIRST_STAGE, *SMALL, here)
+    before = read_jsonl(str(ldm / "metrics.jsonl"))
+    do("train", *diffusion, here, "--config.run.log_every=7", "--config.run.keep=5")
+    assert read_jsonl(str(ldm / "metrics.jsonl")) == before
+
+
+def test_divergence_is_one_line_and_no_checkpoint_has_it(tmp_path, capsys):
+    options = [*SMALL, "--config.run.steps=40", "--config.run.checkpoint_every=1"]
+    wild = ["--config.optim.lr=1e20", "--config.optim.schedule.warm_up_steps=4"]
+    line = mistake(capsys, "train", FIRST_STAGE, *options, *wild, f"--workdir={tmp_path}")
+    found = re.search(r"step (\d+) is not finite .*last good checkpoint: step (\d+)$", line)
+    assert found, line
+    bad, good = map(int, found.groups())
+    saved = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    assert good == saved[-1] == bad - 1
+    for step in saved:
+        assert all(np.isfinite(x).all() for x in arrays(tmp_path, step))
+
+
+def arrays(workdir, step):
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        place = workdir / "checkpoints" / str(step)
+        items = [checkpointer.restore(place / name) for name in ("weights", "optimizer")]
+    return jax.tree.leaves(items)
+
+
+# What runs leave
+
+
+def check_run(workdir, first, loss, validation, pictures):
+    """The files of a finished run of 4 steps."""
+    lines = read_jsonl(str(workdir / "metrics.jsonl"))
+    assert [line["step"] for line in lines] == [1, 2, 2, 3, 4, 4]
+    training = {*loss, "loss", "grad_norm", "lr", "images_per_second", "flops_per_second"}
+    for line in lines:
+        kind = validation if any(key.startswith("validation") for key in line) else training
+        assert line.keys() == {"step", *kind}
+        assert np.isfinite(list(line.values())).all()
+    boards = list((workdir / "tensorboard").iterdir())
+    assert len(boards) >= 1
+    assert all(board.stat().st_size > 500 for board in boards[:1])
+    names = {f"{pictures}_{step:08d}.png" for step in (2, 4)}
+    assert {path.name for path in (workdir / "images").iterdir()} == names
+    assert Image.open(workdir / "images" / min(names)).size[0] > 8 * 32
+    assert Image.open(workdir / "curves.png").size[0] > 1000
+    stored = json.loads((workdir / "config.json").read_text())
+    assert stored["phase"] == ("first_stage" if first else "diffusion")
+
+
+def test_what_phase_1_leaves(ae):
+    loss = {"l1", "mse", "kl", "nll", "reconstruction"}
+    validation = {f"validation_{name}" for name in (*loss, "loss", "psnr")}
+    check_run(ae, True, loss, validation, "reconstructions")
+
+
+def test_what_phase_2_leaves(ldm):
+    loss = {f"loss_t{i}" for i in range(4)}
+    validation = {f"validation_{name}" for name in (*loss, "loss")}
+    check_run(ldm, False, loss, validation, "samples")
