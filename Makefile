@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(RUN) train --config=configs/diffusion/shapes.py --workdir=$(RUNS)/ldm \
 	    --config.run.first_stage=$(RUNS)/ae
 	$(RUN) reconstruct --workdir=$(RUNS)/ldm --number=24
-	$(RUN) sample --workdir=$(RUNS)/ldm --number=96 --batch=96
+	$(RUN) sample --workdir=$(RUNS)/ldm --number=108 --batch=16
 	@echo "curves: $(RUNS)/ae/curves.png $(RUNS)/ldm/curves.png"
 	@echo "reconstructions: $(RUNS)/ldm/reconstructions.png"
 	@echo "samples, 12 classes in turn: $(RUNS)/ldm/samples/grid.png"

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from latent_diffusion_jax.conditioning.cond import Cond, Conditioner, unconditional
@@ -31,6 +32,7 @@ from latent_diffusion_jax.nn.unet import UNet
 from latent_diffusion_jax.train.objective import Objective, make_objective
 from latent_diffusion_jax.train.optim import SCHEDULES as LR_SCHEDULES
 from latent_diffusion_jax.train.optim import make_lr_schedule, make_optimizer
+from latent_diffusion_jax.train.sharding import make_gather
 
 CONDITIONERS: dict[str, Callable[..., Conditioner]] = {"none": unconditional, "label": label}
 PHASES = ("first_stage", "diffusion")
@@ -220,12 +222,15 @@ def loss(config: ConfigDict) -> Callable:
     )
 
 
-def objective(config: ConfigDict) -> Objective:
-    """What the config's phase optimises."""
+def objective(config: ConfigDict, mesh: Mesh | None = None) -> Objective:
+    """What the config's phase optimises; `mesh` is the one that its state will be split over."""
     choose("phase", config.phase, dict.fromkeys(PHASES))
     takes = choose("learning-rate schedule", config.optim.schedule.name, LR_SCHEDULES)
     # for its keys: make_optimizer builds it again
     unpack("optim.schedule", make_lr_schedule, config.optim.schedule, takes=[takes])
+    phase_loss = loss(config)
+    if mesh is not None:
+        phase_loss = _gathering(phase_loss, mesh)
     tx, lr_at = unpack("optim", make_optimizer, config.optim)
     section = dict(config.train)
     section.pop("batch_size")
@@ -234,10 +239,15 @@ def objective(config: ConfigDict) -> Objective:
         make_objective,
         section,
         init_params=init_params(config),
-        loss=loss(config),
+        loss=phase_loss,
         tx=tx,
         lr_at=lr_at,
     )
+
+
+def _gathering(loss: Callable, mesh: Mesh) -> Callable:
+    gather = make_gather(mesh)
+    return lambda params, frozen, *rest: loss(gather(params), gather(frozen), *rest)
 
 
 def batch_keys(config: ConfigDict, cached: bool = False) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ def make_phase(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
 
 
 def _first_stage(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
-    objective = build.objective(config)
+    objective = build.objective(config, mesh)
     train, validation = (build.source(config, split) for split in SPLITS)
     reconstruct = pipeline.make_reconstruct(config, mesh)
     images = next(in_order(config, validation, min(PREVIEWS // 2, len(validation))))["image"]
@@ -68,7 +68,7 @@ def _first_stage(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
 
 
 def _diffusion(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
-    objective = build.objective(config)
+    objective = build.objective(config, mesh)
     generate = pipeline.make_generate(config, mesh, **config.sample)
     if config.latents.source == "cache":
         params = prepare_first_stage(config, workdir, mesh)

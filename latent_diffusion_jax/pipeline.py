@@ -33,6 +33,7 @@ from latent_diffusion_jax.train.checkpoint import Checkpointer
 from latent_diffusion_jax.train.metrics import Progress, grid
 from latent_diffusion_jax.train.sharding import (
     abstract_state,
+    make_gather,
     put_batch,
     replicated,
 )
@@ -108,6 +109,7 @@ def make_generate(
     method = make_sampler(sampler, schedule, **options)
     times = make_timesteps(timesteps, steps, len(schedule.alpha))
     shape = build.latent_shape(config)
+    gather = make_gather(mesh)
     guided = scale != 1 and bool(conditioner.keys)
 
     def cond_of(params, inputs) -> Cond:
@@ -117,6 +119,7 @@ def make_generate(
         return conditioner.apply(params.get("conditioning", {}), inputs)
 
     def generate(params, frozen, inputs, key, indices, scale):
+        params, frozen = gather(params), gather(frozen)
         cond = cond_of(params, inputs)
         denoise = make_denoise(
             lambda z_t, t: network(params["unet"], z_t, t, cond),
@@ -179,9 +182,10 @@ def generate(
 
 def make_reconstruct(config: ConfigDict, mesh: Mesh) -> Callable[[Any, jax.Array], jax.Array]:
     """Builds reconstruct(autoencoder params, image [B, H, W, 3]) -> image, by the mode."""
-    stage = build.first_stage(config)
+    stage, gather = build.first_stage(config), make_gather(mesh)
 
     def reconstruct(params, image):
+        params = gather(params)
         return stage.decode(params, stage.mode(stage.encode(params, image)))
 
     return jax.jit(reconstruct, out_shardings=replicated(mesh))
@@ -197,7 +201,7 @@ def write_samples(
 ) -> Path:
     """Writes `000000.png` ..., `samples.json` (what each is) and `grid.png`; returns its path.
 
-    The grid shows the first `GRID` of them.
+    The grid shows the first `GRID` of them, a column per class where there are few classes.
     """
     out.mkdir(parents=True, exist_ok=True)
     progress = Progress(number, unit="image")
@@ -222,7 +226,8 @@ def write_samples(
         for record in records:
             record["class"] = class_names[record["label"]]
     (out / "samples.json").write_text(json.dumps({**asked, "images": records}, indent=1))
-    columns = math.ceil(math.sqrt(len(shown)))
+    classes = len(np.unique(inputs.get("label", ())))
+    columns = classes if 4 <= classes <= 16 else math.ceil(math.sqrt(len(shown)))
     Image.fromarray(grid(np.stack(shown), columns)).save(out / "grid.png")
     return out / "grid.png"
 

@@ -6,9 +6,13 @@ degrees. Independent of the code that draws the data set.
 """
 
 import colorsys
+import json
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 HUES = {"red": 0.0, "green": 130.0, "blue": 228.0, "yellow": 51.0}  # degrees
 SIDES = {"circle": 60, "square": 4, "triangle": 3}  # a polygon of 60 sides is round enough
@@ -68,3 +72,21 @@ def polygon(alpha: np.ndarray, sides: int, turn: float) -> np.ndarray:
     angles = np.pi / 2 + turn + 2 * np.pi / sides * np.arange(sides)
     edges = np.cos(angles)[:, None, None] * x + np.sin(angles)[:, None, None] * y
     return np.clip(0.5 + apothem - edges.max(axis=0), 0, 1)
+
+
+def accuracy(folder: Path) -> dict[str, tuple[int, int]]:
+    """Class -> (right, all) for what `sample` wrote to a folder."""
+    tally: dict[str, tuple[int, int]] = {}
+    for record in json.loads((folder / "samples.json").read_text())["images"]:
+        image = np.asarray(Image.open(folder / record["file_name"]))
+        right, total = tally.get(record["class"], (0, 0))
+        tally[record["class"]] = (right + (read_shape(image).name == record["class"]), total + 1)
+    return tally
+
+
+if __name__ == "__main__":  # python -m tests.oracle runs/shapes/ldm/samples
+    result = accuracy(Path(sys.argv[1]))
+    for name, (right, total) in result.items():
+        print(f"{name:16} {right}/{total}")
+    right, total = (sum(column) for column in zip(*result.values(), strict=True))
+    print(f"{'all':16} {right}/{total} = {right / total:.1%}")

@@ -13,7 +13,7 @@ from configs import sections
 
 NETWORK = dict(
     channels=16,
-    channel_mult=(1, 2, 4),
+    channel_mult=(1, 2, 2),
     num_res_blocks=1,
     z_channels=4,
     embed_dim=4,
@@ -26,7 +26,7 @@ NETWORK = dict(
 KL = dict(kind="kl", **NETWORK)
 VQ = dict(kind="vq", codebook_size=1024, **NETWORK)
 TINY = {"first_stage.channels": 8, "first_stage.channel_mult": (1, 1, 1)}
-STEPS = 2_000
+STEPS = 1_500
 
 
 def get_config(arg=""):
