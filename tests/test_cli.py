@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import signal
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,7 +17,6 @@ from tests.cli import (
     DIFFUSION,
     FIRST_STAGE,
     FIRST_STAGE_KEYS,
-    FOLDER,
     ROOT,
     SMALL,
     SMALL_UNET,
@@ -77,7 +75,7 @@ def ldm(runs, diffusion):
 def pixels(runs):
     """An unconditional model without a first stage, from a config of one's own."""
     (runs / "pixels.py").write_text(PIXELS)
-    small = [*without(SMALL, FIRST_STAGE_KEYS), *SMALL_UNET, "--config.run.image_every=0"]
+    small = [*without(SMALL, FIRST_STAGE_KEYS), *SMALL_UNET, "--config.data.image_size=16"]
     do("train", f"--config={runs}/pixels.py", f"--workdir={runs}/pixels", *small)
     return runs / "pixels"
 
@@ -294,7 +292,6 @@ def test_mistakes_in_sampling(ldm, pixels, capsys):
         return mistake(capsys, "sample", f"--workdir={workdir}", *options)
 
     assert "unknown sampler 'dimm'; did you mean 'ddim'? one of ddim, ddpm" in of("--sampler=dimm")
-    assert "unknown timesteps 'odd'; one of original" in of("--timesteps=odd")
     assert "2000 sampling steps; choose from 1 to 1000" in of("--steps=2000")
     assert "eta 3.0 of the sampler 'ddim'; choose from 0 to 1" in of("--eta=3")
     assert "sampler 'ddpm'" in (line := of("--sampler=ddpm", "--eta=1"))
@@ -339,7 +336,8 @@ def test_another_config_is_refused_with_the_difference(ae, ldm, diffusion, capsy
 
 
 def test_divergence_is_one_line_and_no_checkpoint_has_it(tmp_path, capsys):
-    options = [*SMALL, "--config.run.steps=40", "--config.run.checkpoint_every=1"]
+    options = [*SMALL, "--config.run.checkpoint_every=1", "--config.run.image_every=0"]
+    options += ["--config.run.steps=40", "--config.run.eval_every=0"]
     wild = ["--config.optim.lr=1e20", "--config.optim.schedule.warm_up_steps=4"]
     line = mistake(capsys, "train", FIRST_STAGE, *options, *wild, f"--workdir={tmp_path}")
     found = re.search(r"step (\d+) is not finite .*last good checkpoint: step (\d+)$", line)
@@ -384,7 +382,7 @@ def check_run(workdir, first, loss, validation, pictures):
 
 
 def test_what_phase_1_leaves(ae):
-    loss = {"l1", "mse", "kl", "nll", "reconstruction"}
+    loss = {"l1", "mse", "kl", "z_mean", "z_std"}
     validation = {f"validation_{name}" for name in (*loss, "loss", "psnr")}
     check_run(ae, True, loss, validation, "reconstructions")
 
@@ -393,3 +391,160 @@ def test_what_phase_2_leaves(ldm):
     loss = {f"loss_t{i}" for i in range(4)}
     validation = {f"validation_{name}" for name in (*loss, "loss")}
     check_run(ldm, False, loss, validation, "samples")
+
+
+def test_encoding_is_done_once_and_damage_is_repaired(ldm, diffusion, capsys):
+    latents = ldm / "latents"
+    index = json.loads((latents / "train" / "index.json").read_text())
+    scale = json.loads((ldm / "latent_scale.json").read_text())["latent_scale"]
+    assert index["latent_scale"] == scale
+    assert index["files"]["moments"]["shape"] == [32, 16, 16, 8]
+    assert (index["num_classes"], tuple(index["class_names"])) == (12, CLASS_NAMES)
+    moments = np.load(latents / "train" / "moments.npy")
+    z = moments[..., :4] + np.exp(moments[..., 4:] / 2) * np.random.default_rng(0).normal(
+        size=moments[..., :4].shape
+    )
+    assert abs(z.std() * scale - 1) < 0.05
+
+    damaged = latents / "train" / "label.npy"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    do("encode", *diffusion, f"--workdir={ldm}")
+    said = capsys.readouterr().out
+    assert f"validation: encoded before; to do it again, remove {latents}/validation" in said
+    assert "train image 32/32 encoded" in said
+    assert damaged.read_bytes() == whole
+    assert sorted(p.name for p in latents.iterdir()) == ["train", "validation"]
+
+
+def test_latents_of_other_weights_are_not_used(ae, ldm, diffusion, tmp_path, capsys):
+    """As of a first stage that was trained on, and copied again."""
+    shutil.copytree(ldm, tmp_path / "x", ignore=shutil.ignore_patterns("checkpoints", "first_*"))
+    shutil.copytree(ae, tmp_path / "ae")
+    shutil.rmtree(tmp_path / "ae/checkpoints/4")  # those of step 2 are left
+    here = [*diffusion, f"--workdir={tmp_path}/x", f"--config.run.first_stage={tmp_path}/ae"]
+    line = mistake(capsys, "train", *here)
+    assert re.search(r"weights: \d+ here, \d+ in the cache: run `encode`", line)
+    scales = [json.loads((tmp_path / "x/latent_scale.json").read_text())["latent_scale"]]
+    do("encode", *here)
+    scales.append(json.loads((tmp_path / "x/latent_scale.json").read_text())["latent_scale"])
+    assert scales[0] != scales[1]
+    assert "encoded before" not in capsys.readouterr().out
+
+
+def test_vector_quantised_first_stage(runs, capsys):
+    small = [*SMALL, "--config.first_stage.codebook_size=16", "--config.mesh.data=1"]
+    do("train", f"{FIRST_STAGE}:vq", *small, f"--workdir={runs}/vq")
+    losses = {"codebook", "commitment", "perplexity"}
+    assert losses & read_jsonl(f"{runs}/vq/metrics.jsonl")[0].keys()
+    here = f"--workdir={runs}/vq_ldm"
+    origin = [f"--config.run.first_stage={runs}/vq", "--config.latents.source=online"]
+    do("train", f"{DIFFUSION}:vq", *small, *SMALL_UNET, *origin, here)
+    do("sample", here, "--number=2")
+    assert read(runs / "vq_ldm/samples").shape == (2, 32, 32, 3)
+
+
+# Images
+
+
+@pytest.fixture(scope="module")
+def samples(ldm):
+    """11 images on 8 devices at once."""
+    do("sample", f"--workdir={ldm}", "--number=11")
+    return read(ldm / "samples")
+
+
+def sampled(ldm, out, *options):
+    do("sample", f"--workdir={ldm}", f"--out={out}", *options)
+    return read(out)
+
+
+def test_samples_and_what_they_are(ldm, samples):
+    assert samples.shape == (11, 32, 32, 3)
+    about = json.loads((ldm / "samples/samples.json").read_text())
+    asked = {"step": 4, "seed": 0, "sampler": "ddim", "options": {"eta": 0.0}, "steps": 3}
+    assert {**about, **asked, "scale": 2.0, "timesteps": "uniform"} == about
+    assert [image["file_name"] for image in about["images"]] == [f"{i:06d}.png" for i in range(11)]
+    assert [image["label"] for image in about["images"]] == list(range(11))
+    assert [image["class"] for image in about["images"]] == list(CLASS_NAMES[:11])
+    grid = np.asarray(Image.open(ldm / "samples/grid.png"))
+    assert grid.shape == (3 * 34 + 2, 4 * 34 + 2, 3)
+    np.testing.assert_array_equal(grid[36:68, 2:34], samples[4])
+
+
+def test_an_image_is_the_same_in_any_batch_on_any_devices(ldm, samples, tmp_path):
+    options = [f"--workdir={ldm}", f"--out={tmp_path}/one", "--number=7", "--batch=3"]
+    said = run("sample", *options, devices=1)
+    assert abs(read(tmp_path / "one") - samples[:7]).max() <= 1
+    lines = said.splitlines()
+    assert [line.split()[1] for line in lines[:3]] == ["3/7", "6/7", "7/7"]
+    assert lines[3:] == [f"7 images in {tmp_path}/one, side by side in {tmp_path}/one/grid.png"]
+    assert "\r" not in said  # plain lines where there is no terminal
+
+
+def test_samples_depend_on_the_seed_and_the_options(ldm, diffusion, samples, tmp_path, monkeypatch):
+    again = sampled(ldm, tmp_path / "config", *diffusion, "--number=11")
+    np.testing.assert_array_equal(again, samples)
+
+    monkeypatch.setattr("latent_diffusion_jax.pipeline.GRID", 4)
+    seeded = sampled(ldm, tmp_path / "seed", "--number=11", "--seed=1")
+    assert all(abs(seeded - samples).max((1, 2, 3)) > 8)
+    assert Image.open(tmp_path / "seed/grid.png").size == (2 * 34 + 2, 2 * 34 + 2)
+
+    noisy = sampled(ldm, tmp_path / "eta", "--number=11", "--eta=1")
+    assert all(abs(noisy - samples).max((1, 2, 3)) > 8)
+    ddpm = sampled(ldm, tmp_path / "ddpm", "--number=11", "--sampler=ddpm", "--steps=3")
+    assert abs(ddpm - noisy).max() <= 1  # the same process, with the same noise
+
+
+def test_labels_by_name_and_number(ldm, samples, tmp_path):
+    options = ["--number=5", "--labels=red circle, 5", "--scale=1", "--timesteps=trailing"]
+    assert len(sampled(ldm, tmp_path, *options)) == 5
+    about = json.loads((tmp_path / "samples.json").read_text())
+    assert [image["label"] for image in about["images"]] == [0, 5, 0, 5, 0]
+    assert about["images"][1]["class"] == CLASS_NAMES[5]
+    assert (about["scale"], about["timesteps"]) == (1.0, "trailing")
+
+
+def test_sampling_without_condition_or_first_stage(pixels):
+    do("sample", f"--workdir={pixels}", "--number=3")
+    assert read(pixels / "samples").shape == (3, 16, 16, 3)
+    about = json.loads((pixels / "samples/samples.json").read_text())
+    assert about["images"][2] == {"file_name": "000002.png"}
+
+
+def reconstructed(capsys, *options):
+    capsys.readouterr()
+    do("reconstruct", *options)
+    said = capsys.readouterr().out
+    return re.fullmatch(r"(.*): PSNR (\S+) dB, L1 (\S+) \(images in \[-1, 1\]\)\n", said).groups()
+
+
+def test_reconstructions_of_the_validation_split(ae, ldm, pixels, capsys):
+    path, psnr, l1 = reconstructed(capsys, f"--workdir={ae}", "--number=12")
+    assert Image.open(path).size == (8 * 34 + 2, 4 * 34 + 2)
+    last = read_jsonl(str(ae / "metrics.jsonl"))[-1]  # of 8 of the images
+    assert abs(float(psnr) - last["validation_psnr"]) < 3
+    found = reconstructed(capsys, f"--workdir={ldm}", "--number=12", "--batch=5")
+    assert found == (f"{ldm}/reconstructions.png", psnr, l1)  # it has its first stage with it
+    assert reconstructed(capsys, f"--workdir={pixels}")[1:] == ("inf", "0.0000")
+
+
+def test_reconstructions_of_a_folder(ae, photos, tmp_path, capsys):
+    out = tmp_path / "new" / "photos.png"
+    options = [f"--workdir={ae}", f"--input={photos}", f"--out={out}"]
+    assert reconstructed(capsys, *options)[0] == str(out)
+    assert Image.open(out).size == (8 * 34 + 2, 4 * 34 + 2)  # 9 images: 8 and 1
+
+
+# Facts
+
+
+def test_description(capsys):
+    do("describe", DIFFUSION, *SMALL, *SMALL_UNET, "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["latent"], facts["f"], facts["devices"]) == ([16, 16, 4], 2, 8)
+    do("describe", FIRST_STAGE, *SMALL)
+    assert "latent      16 x 16 x 4 (f = 2)" in capsys.readouterr().out
+    do("describe", FIRST_STAGE, *SMALL, "--arrays")
+    assert "autoencoder/decoder/conv_in/kernel" in capsys.readouterr().out

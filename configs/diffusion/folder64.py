@@ -45,7 +45,7 @@ def get_config(arg=""):
             transformer_depth=1,
             num_groups=32,
         ),
-        # v: the published eps says nearly nothing of z where there is nearly only noise, and a short
+        # v: the published eps says little of z where there is almost only noise, and a short
         # run then gets the coarse structure wrong
         diffusion=sections.diffusion(prediction="v"),
         latents=sections.latents("cache"),
