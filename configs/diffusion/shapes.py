@@ -12,7 +12,7 @@ channels. The paper has no such row; cost and quality reached are in the README.
 from configs import sections
 from configs.first_stage import shapes as first_stage
 
-STEPS = 2_000
+STEPS = 1_700
 
 
 def get_config(arg=""):
@@ -45,9 +45,7 @@ def get_config(arg=""):
             transformer_depth=1,
             num_groups=32,
         ),
-        # v: the published eps says little of z where there is almost only noise, and a short
-        # run then gets the coarse structure wrong
-        diffusion=sections.diffusion(prediction="v"),
+        diffusion=sections.diffusion(),
         latents=sections.latents("cache"),
         optim=sections.adamw(1e-3, schedule=sections.cosine(STEPS, 100)),
         train=dict(batch_size=32, accumulate=1, ema_decay=0.9999, ema_networks=("unet",)),

@@ -24,7 +24,7 @@ NETWORK = dict(
 KL = dict(kind="kl", **NETWORK)
 VQ = dict(kind="vq", codebook_size=512, **NETWORK)
 TINY = {"first_stage.channels": 8, "first_stage.channel_mult": (1, 1, 1)}
-STEPS = 1_500
+STEPS = 1_200
 
 
 def get_config(arg=""):
@@ -40,7 +40,7 @@ def get_config(arg=""):
         phase="first_stage",
         data=sections.shapes(32),
         first_stage=KL,
-        loss=dict(pixel="l2", kl_weight=1e-6),
+        loss=dict(pixel="l2", kl_weight=1e-2),
         optim=sections.adam(2e-3, schedule=sections.cosine(STEPS, 50)),
         train=dict(batch_size=16, accumulate=1, ema_decay=0.0, ema_networks=()),
         run=sections.run(
