@@ -81,7 +81,7 @@ def latents(source="online"):
 
 
 def sample(scale, **changes):
-    """50 deterministic DDIM steps with guidance."""
+    """50 DDIM steps with guidance; eta 0 is deterministic, eta 1 forgives a short training more."""
     section = dict(
         sampler="ddim", options=dict(eta=0.0), steps=50, timesteps="uniform", scale=scale
     )

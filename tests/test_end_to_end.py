@@ -18,7 +18,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ae(runs):
-    steps = 350
+    steps = 500
     run(
         "train",
         FIRST_STAGE,
@@ -34,14 +34,12 @@ def ae(runs):
 
 @pytest.fixture(scope="module")
 def ldm(runs, ae):
-    steps = 600
+    steps = 900
     options = [
         DIFFUSION,
         f"--workdir={runs}/ldm",
         f"--config.run.first_stage={ae}",
         "--config.data.source.size=2048",
-        "--config.train.batch_size=16",
-        "--config.unet.model_channels=32",
         f"--config.run.steps={steps}",
         f"--config.optim.schedule.max_decay_steps={steps}",
         "--config.run.eval_every=0",
@@ -58,7 +56,7 @@ def test_reconstruction_loss_falls_fivefold(ae):
 
 
 def test_generated_shapes_are_what_was_asked_for(ldm):
-    run("sample", f"--workdir={ldm}", "--number=48", "--batch=48", "--steps=25")
+    run("sample", f"--workdir={ldm}", "--number=48", "--batch=48")
     tally = accuracy(ldm / "samples")
     right, total = (sum(column) for column in zip(*tally.values(), strict=True))
     assert (len(tally), total) == (CLASSES, 48)

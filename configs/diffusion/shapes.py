@@ -49,7 +49,7 @@ def get_config(arg=""):
         latents=sections.latents("cache"),
         optim=sections.adamw(1e-3, schedule=sections.cosine(STEPS, 100)),
         train=dict(batch_size=32, accumulate=1, ema_decay=0.9999, ema_networks=("unet",)),
-        sample=sections.sample(scale=2.0),
+        sample=sections.sample(scale=2.0, options=dict(eta=1.0)),
         run=sections.run(
             steps=STEPS,
             log_every=50,
