@@ -60,6 +60,6 @@ def test_generated_shapes_are_what_was_asked_for(ldm):
     tally = accuracy(ldm / "samples")
     right, total = (sum(column) for column in zip(*tally.values(), strict=True))
     assert (len(tally), total) == (CLASSES, 48)
-    assert right / total > 3 / CLASSES  # three times chance
+    assert right / total > 5 / CLASSES  # five times chance; 32 of 48 when this was written
     asked = json.loads((ldm / "samples" / "samples.json").read_text())
     assert asked["scale"] == 2.0
