@@ -461,7 +461,7 @@ def sampled(ldm, out, *options):
 def test_samples_and_what_they_are(ldm, samples):
     assert samples.shape == (11, 32, 32, 3)
     about = json.loads((ldm / "samples/samples.json").read_text())
-    asked = {"step": 4, "seed": 0, "sampler": "ddim", "options": {"eta": 0.0}, "steps": 3}
+    asked = {"step": 4, "seed": 0, "sampler": "ddim", "options": {"eta": 1.0}, "steps": 3}
     assert {**about, **asked, "scale": 2.0, "timesteps": "uniform"} == about
     assert [image["file_name"] for image in about["images"]] == [f"{i:06d}.png" for i in range(11)]
     assert [image["label"] for image in about["images"]] == list(range(11))
@@ -490,10 +490,10 @@ def test_samples_depend_on_the_seed_and_the_options(ldm, diffusion, samples, tmp
     assert all(abs(seeded - samples).max((1, 2, 3)) > 8)
     assert Image.open(tmp_path / "seed/grid.png").size == (4 * 34 + 2, 36)
 
-    noisy = sampled(ldm, tmp_path / "eta", "--number=11", "--eta=1")
-    assert all(abs(noisy - samples).max((1, 2, 3)) > 8)
+    plain = sampled(ldm, tmp_path / "eta", "--number=11", "--eta=0")
+    assert all(abs(plain - samples).max((1, 2, 3)) > 8)
     ddpm = sampled(ldm, tmp_path / "ddpm", "--number=11", "--sampler=ddpm", "--steps=3")
-    assert abs(ddpm - noisy).max() <= 1  # the same process, with the same noise
+    assert abs(ddpm - samples).max() <= 1  # eta 1 is the same process, with the same noise
 
 
 def test_labels_by_name_and_number(ldm, samples, tmp_path):
