@@ -13,7 +13,7 @@ run). See docs/emoji.md for a run with its cost and pictures. Sized for a CPU: o
 from configs import sections
 from configs.first_stage import folder64 as first_stage
 
-STEPS = 1_500
+STEPS = 2_500
 
 
 def get_config(arg=""):
@@ -45,9 +45,7 @@ def get_config(arg=""):
             transformer_depth=1,
             num_groups=32,
         ),
-        # v: the published eps says little of z where there is almost only noise, and a short
-        # run then gets the coarse structure wrong
-        diffusion=sections.diffusion(prediction="v"),
+        diffusion=sections.diffusion(),
         latents=sections.latents("cache"),
         optim=sections.adamw(5e-4, schedule=sections.cosine(STEPS, 100)),
         train=dict(batch_size=32, accumulate=1, ema_decay=0.9999, ema_networks=("unet",)),
