@@ -1,6 +1,8 @@
 # `make demo` and `make test` do all of their own set-up, on a machine with Python >= 3.11.
 PYTHON ?= python3
 RUNS ?= runs/shapes
+# `make test PARITY=,parity` also installs torch and diffusers, for the tests that compare with them
+PARITY ?=
 VENV := .venv
 RUN := launch/local.sh $(VENV)/bin/python -m latent_diffusion_jax
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
@@ -43,5 +45,5 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	$(VENV)/bin/pip install --quiet --editable '.[dev$(PARITY)]'
 	@touch $@

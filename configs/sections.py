@@ -12,16 +12,20 @@ from latent_diffusion_jax.errors import choose
 
 
 def make(arg, variants, **sections):
-    """The config of `sections`, changed by the variant that `arg` names: dotted key -> value."""
+    """The config of `sections`, changed by the variants that `arg` names: "tiny", or "vq,tiny".
+
+    A variant is dotted key -> value, or a function from the config so far to that.
+    """
     config = ConfigDict(dict(seed=0, dtype="float32", mesh=dict(data=-1, fsdp=1), **sections))
-    changes = choose("config argument", arg, variants) if arg else {}
-    with config.unlocked():
-        for key, value in changes.items():
-            section, _, name = key.rpartition(".")
-            target = config
-            for part in filter(None, section.split(".")):
-                target = target[part]
-            target[name] = value
+    for word in filter(None, arg.split(",")):
+        changes = choose("config argument", word, variants)
+        with config.unlocked():
+            for key, value in (changes(config) if callable(changes) else changes).items():
+                section, _, name = key.rpartition(".")
+                target = config
+                for part in filter(None, section.split(".")):
+                    target = target[part]
+                target[name] = value
     return config
 
 
@@ -31,10 +35,10 @@ def shapes(image_size, **changes):
     return dict(source={**source, **changes}, image_size=image_size, crop="center", flip=False)
 
 
-def folder(image_size):
-    """A folder of images: --config.data.source.path=DIR."""
+def folder(image_size, crop="random", flip=True, **more):
+    """A folder of images: --config.data.source.path=DIR; `more` as `tokenizer`, of captions."""
     source = dict(name="folder", path="", unreadable="error", validation_fraction=0.05)
-    return dict(source=source, image_size=image_size, crop="random", flip=True)
+    return dict(source=source, image_size=image_size, crop=crop, flip=flip, **more)
 
 
 def adam(lr, **changes):
@@ -63,10 +67,27 @@ def cosine(steps, warm_up_steps):
     )
 
 
+def warm_up(steps):
+    """From 1e-6 of the base rate to the base rate, which stays."""
+    return dict(
+        name="warmup_linear",
+        warm_up_steps=steps,
+        f_start=1e-6,
+        f_max=1.0,
+        f_min=1.0,
+        cycle_length=1e13,
+    )
+
+
+def linear(linear_start, linear_end):
+    """The published noise schedule between two betas."""
+    return dict(name="linear", timesteps=1000, linear_start=linear_start, linear_end=linear_end)
+
+
 def diffusion(**changes):
     """The published objective, and the condition dropout that guidance needs."""
     section = dict(
-        schedule=dict(name="linear", timesteps=1000, linear_start=0.0015, linear_end=0.0195),
+        schedule=linear(0.0015, 0.0195),
         prediction="eps",
         loss="l2",
         weighting="uniform",
@@ -75,9 +96,15 @@ def diffusion(**changes):
     return {**section, **changes}
 
 
-def latents(source="online"):
+def latents(source="online", scale=None):
     """ "online" (encoded in each step) or "cache" (see the verb `encode`); scale None: measured."""
-    return dict(source=source, scale=config_dict.placeholder(float))
+    return dict(source=source, scale=config_dict.placeholder(float) if scale is None else scale)
+
+
+def train(batch_size, **changes):
+    """Averages of the UNet's weights, as published."""
+    section = dict(batch_size=batch_size, accumulate=1, ema_decay=0.9999, ema_networks=("unet",))
+    return {**section, **changes}
 
 
 def sample(scale, **changes):
@@ -89,7 +116,7 @@ def sample(scale, **changes):
 
 
 def run(**changes):
-    """In steps; `first_stage` is the workdir of phase 1 that phase 2 starts from."""
+    """In steps; phase 2 takes frozen weights from workdirs, `first_stage` and `conditioning`."""
     section = dict(
         steps=100_000,
         log_every=100,
@@ -99,6 +126,7 @@ def run(**changes):
         eval_batches=16,
         keep=3,
         first_stage="",
+        conditioning="",
     )
     return {**section, **changes}
 

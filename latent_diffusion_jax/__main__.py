@@ -33,11 +33,19 @@ examples:
   python -m latent_diffusion_jax sample --workdir=runs/ldm --number=64 --scale=2
   python -m latent_diffusion_jax sample --workdir=runs/ldm --labels="red circle,5" --steps=100 \\
       --eta=1 --out=red_circles
+  python -m latent_diffusion_jax sample --from=model.ckpt --prompt="a virus monster" \\
+      --config.data.tokenizer=DIR --number=4 --out=monsters
 Image i depends on the seed and i alone, whatever the batch size and the number of devices.""",
     "reconstruct": """\
 examples:
   python -m latent_diffusion_jax reconstruct --workdir=runs/ae --number=16
   python -m latent_diffusion_jax reconstruct --workdir=runs/ae --input=photos/""",
+    "convert": """\
+examples:
+  python -m latent_diffusion_jax convert --from=model.ckpt --workdir=runs/cin256
+  python -m latent_diffusion_jax convert --workdir=runs/cin256 --to=model.safetensors
+  python -m latent_diffusion_jax convert --workdir=runs/cin256 --to=folder_for_diffusers/
+A checkpoint's config is recognised from its keys. Its workdir samples and trains.""",
     "describe": """\
 examples:
   python -m latent_diffusion_jax describe --config=configs/diffusion/shapes.py
@@ -45,7 +53,7 @@ examples:
 }
 
 
-FREE = ("data", "dtype", "mesh", "run", "sample")  # sections that using a model may change
+FREE = ("data", "dtype", "mesh", "published", "run", "sample")  # what using a model may change
 CURVES = {
     "first_stage": ("loss", "l1", "validation_psnr", "images_per_second"),
     "diffusion": ("loss", "loss_t0", "validation_loss", "images_per_second"),
@@ -72,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         )
         p.set_defaults(run=run)
         # shown in the help; parsed by `split_config`
-        optional = "" if name in ("train", "encode", "describe") else " (default: the workdir's)"
+        optional = "" if name in ("encode", "describe") else " (default: the workdir's)"
         p.add_argument(
             "--config", metavar="FILE[:ARG]", help=f"config file and its argument{optional}"
         )
@@ -80,10 +88,26 @@ def parser() -> argparse.ArgumentParser:
             "--config.KEY", metavar="VALUE", help="override a key, such as --config.optim.lr=1e-4"
         )
         if name != "describe":
+            loads = name in ("sample", "reconstruct")
             p.add_argument(
-                "--workdir", required=True, type=named, metavar="DIR", help="where the run lives"
+                "--workdir",
+                required=not loads,
+                type=named,
+                metavar="DIR",
+                help="where the run lives",
             )
+            if loads:
+                add_from(p, "a checkpoint file or a diffusers folder, instead of a workdir")
         return p
+
+    def add_from(p, about):
+        p.add_argument("--from", dest="origin", type=named, metavar="PATH", help=about)
+        p.add_argument(
+            "--weights",
+            choices=("ema", "raw"),
+            default="ema",
+            help="of --from: averaged, where there are some, or as trained (%(default)s)",
+        )
 
     verb("train", "Train the phase that the config says, or resume it.", train)
     verb("encode", "Cache the latents of a data set and measure their scale.", encode)
@@ -92,6 +116,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--number", type=positive, default=16, metavar="N", help="images (%(default)s)")
     p.add_argument("--batch", type=positive, default=32, metavar="N", help="at once (%(default)s)")
     p.add_argument("--labels", metavar="L,L", help="classes, by number or name (all in turn)")
+    p.add_argument("--prompt", metavar="TEXT", help="a caption, or @FILE with one per line")
+    p.add_argument("--layout", metavar="FILE", help="JSON: boxes and their classes")
+    p.add_argument("--segmentation", metavar="FILE", help="an image of class numbers, or a folder")
+    p.add_argument("--image", metavar="FILE", help="to upscale or to fill, or a folder of them")
+    p.add_argument("--mask", metavar="FILE", help="white where --image is to be filled")
+    p.add_argument("--embeddings", metavar="FILE", help=".npy, for retrieval-conditioned models")
+    p.add_argument("--size", type=size, metavar="HxW", help="of the images (as in training)")
     p.add_argument("--scale", type=finite, metavar="X", help="guidance; 1 is none (the config's)")
     p.add_argument("--sampler", metavar="NAME", help="ddim or ddpm (the config's)")
     p.add_argument("--steps", type=positive, metavar="N", help="sampling steps (the config's)")
@@ -105,6 +136,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=positive, default=16, metavar="N", help="at once (%(default)s)")
     p.add_argument("--input", type=named, metavar="DIR", help="of images (the validation split)")
     p.add_argument("--out", type=png, metavar="FILE", help="(WORKDIR/reconstructions.png)")
+
+    p = verb("convert", "Bring a published checkpoint in, or write one.", convert)
+    add_from(p, "a checkpoint file or a diffusers folder to bring in")
+    p.add_argument("--to", type=named, metavar="PATH", help=".safetensors, .ckpt or a new folder")
+    p.add_argument("--dtype", metavar="NAME", help="of --to, such as float16 (the original's)")
 
     p = verb("describe", "Say what would be built, without building it.", describe)
     p.add_argument("--json", action="store_true", help="for programs")
@@ -129,6 +165,14 @@ seed = checked(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 
 finite = checked(float, math.isfinite, "a finite number")
 named = checked(str, bool, "a path")
 png = checked(str, lambda path: path.lower().endswith(".png"), "a .png file")
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, width = text.lower().split("x")
+    return int(height), int(width)
+
+
+size = checked(_size, lambda s: min(s) >= 1, "HEIGHTxWIDTH, such as 512x768")
 
 
 def split_config(argv: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
@@ -183,7 +227,7 @@ def _config(args, required: bool = False):
 
     if args.config is not None:
         return load_config(args.config, args.overrides)
-    if required:
+    if required and not (Path(args.workdir or "") / "config.json").exists():
         raise UserError("give --config=FILE, such as --config=configs/diffusion/shapes.py")
     return override(stored_config(args.workdir), args.overrides)
 
@@ -261,6 +305,10 @@ def _trained(args, phase: str | None = None):
     from latent_diffusion_jax.config import stored_config
     from latent_diffusion_jax.train.sharding import make_mesh
 
+    if (args.workdir is None) == (args.origin is None):
+        raise UserError("give one of --workdir=DIR and --from=CHECKPOINT")
+    if args.origin:
+        return _from_checkpoint(args, phase)
     config = _config(args)
     here, there = (
         {name: section for name, section in each.to_dict().items() if name not in FREE}
@@ -275,12 +323,45 @@ def _trained(args, phase: str | None = None):
     return pipeline.load(args.workdir, mesh)._replace(config=config), mesh
 
 
+def _from_checkpoint(args, phase: str | None):
+    from latent_diffusion_jax import build
+    from latent_diffusion_jax.convert.workdir import load_trained, open_source
+    from latent_diffusion_jax.train.sharding import make_mesh
+
+    source = open_source(args.origin, args.config, args.overrides)
+    if phase and source.config.phase != phase:
+        raise UserError(
+            f"{args.origin!r} is of phase {source.config.phase!r}; this takes {phase!r}"
+        )
+    mesh = build.unpack("mesh", make_mesh, source.config.mesh)
+    return load_trained(source, mesh, raw=args.weights == "raw"), mesh
+
+
+def convert(args) -> None:
+    """Brings a checkpoint in (`--from`), or writes one (`--to`)."""
+    from latent_diffusion_jax.convert import workdir
+    from latent_diffusion_jax.train.sharding import make_mesh
+
+    if (args.origin is None) == (args.to is None):
+        raise UserError("give one of --from=CHECKPOINT (to bring in) and --to=PATH (to write)")
+    if args.to:
+        workdir.export(args.workdir, args.to, make_mesh(), dtype=args.dtype)
+        print(f"{args.workdir} written to {args.to}")
+        return
+    source = workdir.open_source(args.origin, args.config, args.overrides)
+    workdir.import_workdir(source, args.workdir, make_mesh(), raw=args.weights == "raw")
+    print(f"{args.origin} in {args.workdir}: sample from it, or train on it")
+
+
+ASKED = ("labels", "prompt", "layout", "segmentation", "image", "mask", "embeddings")
+
+
 def sample(args) -> None:
     """Writes PNGs, a grid of them, and `samples.json` with what was asked for."""
     import numpy as np
 
     from latent_diffusion_jax import pipeline
-    from latent_diffusion_jax.conditioning.label import parse_labels
+    from latent_diffusion_jax.inputs import read_inputs
 
     trained, mesh = _trained(args, "diffusion")
     options = dict(trained.config.sample)
@@ -292,15 +373,12 @@ def sample(args) -> None:
     if args.eta is not None:
         options["options"] = {"eta": args.eta}
 
+    wanted = {option: getattr(args, option) for option in ASKED}
+    inputs, implied = read_inputs(trained.config, wanted, trained.class_names)
+    if args.size and implied and args.size != implied:
+        raise UserError(f"--size={args.size}: the image given makes {implied[0]}x{implied[1]}")
     indices = np.arange(args.number)
-    inputs = pipeline.example_inputs(trained.config, indices)
-    if args.labels is not None:
-        if "label" not in inputs:
-            raise UserError(f"--labels={args.labels}: this model has no class condition")
-        labels = parse_labels(
-            args.labels, trained.config.conditioning.num_classes, trained.class_names
-        )
-        inputs["label"] = np.asarray(labels, np.int32)[indices % len(labels)]
+    inputs = {name: rows[indices % len(rows)] for name, rows in inputs.items()}
     batches = pipeline.generate(
         trained,
         mesh,
@@ -308,16 +386,19 @@ def sample(args) -> None:
         number=args.number,
         batch=args.batch,
         seed=args.seed,
+        size=args.size or implied,
         **options,
     )
-    out = Path(args.out or Path(args.workdir) / "samples")
+    out = Path(args.out or Path(args.workdir or ".") / "samples")
     asked = {
+        **{option: text for option, text in wanted.items() if text is not None},
         "step": trained.step,
         "seed": args.seed,
         **options,
         "options": dict(options["options"]),
     }
-    grid = pipeline.write_samples(out, batches, args.number, inputs, trained.class_names, asked)
+    shown = {"label": inputs["label"]} if "label" in inputs else {}
+    grid = pipeline.write_samples(out, batches, args.number, shown, trained.class_names, asked)
     print(f"{args.number} images in {out}, side by side in {grid}")
 
 
@@ -326,7 +407,7 @@ def reconstruct(args) -> None:
     from latent_diffusion_jax import pipeline
 
     trained, mesh = _trained(args)
-    out = Path(args.out or Path(args.workdir) / "reconstructions.png")
+    out = Path(args.out or Path(args.workdir or ".") / "reconstructions.png")
     quality = pipeline.write_reconstructions(
         trained, mesh, out, args.number, args.batch, args.input
     )

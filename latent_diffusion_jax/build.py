@@ -11,14 +11,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from latent_diffusion_jax.conditioning.cond import Cond, Conditioner, unconditional
+from latent_diffusion_jax.conditioning.cond import Cond, Conditioner, together, unconditional
 from latent_diffusion_jax.conditioning.label import label
+from latent_diffusion_jax.conditioning.layout import layout
+from latent_diffusion_jax.conditioning.spatial import embeddings, inpainting, lowres, segmentation
+from latent_diffusion_jax.conditioning.text import clip, text
 from latent_diffusion_jax.data.sources import SOURCES, make_source
 from latent_diffusion_jax.diffusion import objective as diffusion_objective
-from latent_diffusion_jax.diffusion.schedule import SCHEDULES, Schedule, make_schedule
+from latent_diffusion_jax.diffusion.schedule import SCHEDULES, Schedule, make_betas, make_schedule
 from latent_diffusion_jax.errors import UserError, choose
 from latent_diffusion_jax.first_stage import objective as first_stage_objective
 from latent_diffusion_jax.first_stage.autoencoder import Autoencoder
@@ -34,7 +38,17 @@ from latent_diffusion_jax.train.optim import SCHEDULES as LR_SCHEDULES
 from latent_diffusion_jax.train.optim import make_lr_schedule, make_optimizer
 from latent_diffusion_jax.train.sharding import make_gather
 
-CONDITIONERS: dict[str, Callable[..., Conditioner]] = {"none": unconditional, "label": label}
+CONDITIONERS: dict[str, Callable[..., Conditioner]] = {
+    "none": unconditional,
+    "label": label,
+    "text": text,
+    "clip": clip,
+    "layout": layout,
+    "segmentation": segmentation,
+    "lowres": lowres,
+    "inpainting": inpainting,
+    "embeddings": embeddings,
+}
 PHASES = ("first_stage", "diffusion")
 
 
@@ -94,6 +108,7 @@ def dtype(config: ConfigDict) -> Any:
 def first_stage(config: ConfigDict) -> FirstStage:
     """The first stage, checked against the image size of the data."""
     make = choose("first stage", config.first_stage.kind, FIRST_STAGES)
+    _check_groups(config.first_stage, "first_stage", "channels")
     stage = unpack(
         "first_stage",
         make_first_stage,
@@ -106,21 +121,61 @@ def first_stage(config: ConfigDict) -> FirstStage:
 
 
 def conditioner(config: ConfigDict) -> Conditioner:
-    """The conditioner."""
-    section = dict(config.conditioning)
-    make = choose("conditioning", section.pop("kind"), CONDITIONERS)
-    return unpack("conditioning", make, section)
+    """The conditioner; kind "several" has one in each of its other keys."""
+
+    def make(name: str, section: Mapping[str, Any]) -> Conditioner:
+        options = dict(section)
+        kind = options.pop("kind")
+        if kind == "several":
+            return together({k: make(f"{name}.{k}", part) for k, part in options.items()})
+        function = choose("conditioning", kind, CONDITIONERS)
+        given = {"dtype": dtype(config)} if "dtype" in _keywords(function) else {}
+        return unpack(name, function, options, **given)
+
+    return make("conditioning", config.conditioning)
+
+
+def inputs(config: ConfigDict, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and type of what the conditioner reads, for a batch of training images."""
+    side = config.data.image_size
+    entries = conditioner(config).inputs(side, side)
+    return {k: jax.ShapeDtypeStruct((rows, *s.shape), s.dtype) for k, s in entries.items()}
+
+
+def condition(config: ConfigDict) -> Callable[[Any, Any, Mapping], Cond]:
+    """(params, frozen, inputs) -> Cond, with the weights that are trained or the frozen ones."""
+    stage, c = first_stage(config), conditioner(config)
+
+    def apply(params, frozen, inputs):
+        def to_latent(image):
+            moments = stage.encode(frozen["first_stage"], image)
+            return frozen["latent_scale"] * stage.mode(moments)
+
+        weights = (frozen if c.frozen else params).get("conditioning", {})  # absent: has none
+        return c.apply(weights, inputs, to_latent)
+
+    return apply
 
 
 def schedule(config: ConfigDict) -> Schedule:
     """The noise schedule."""
+    return _scheduled(config, make_schedule)
+
+
+def betas(config: ConfigDict) -> np.ndarray:
+    """The variances of the noise schedule, float64 [T]."""
+    return _scheduled(config, make_betas)
+
+
+def _scheduled(config: ConfigDict, make: Callable) -> Any:
     section = config.diffusion.schedule
     takes = choose("schedule", section.name, SCHEDULES)
-    return unpack("diffusion.schedule", make_schedule, section, takes=[takes])
+    return unpack("diffusion.schedule", make, section, takes=[takes])
 
 
 def unet(config: ConfigDict) -> UNet:
     """The UNet; its output has the latent's channels."""
+    _check_groups(config.unet, "unet", "model_channels")
     return unpack(
         "unet",
         UNet,
@@ -130,24 +185,38 @@ def unet(config: ConfigDict) -> UNet:
     )
 
 
-def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
-    """(h, w, c) of the latent of a training image.
+def _check_groups(section: ConfigDict, name: str, channels: str) -> None:
+    """Raises UserError unless every level's channels divide into the groups of GroupNorm."""
+    groups = section.get("num_groups", 32)
+    if not {channels, "channel_mult"} <= set(section.keys()):
+        return  # the identity; or missing, which the constructor tells
+    for mult in section.channel_mult:
+        if groups < 1 or section[channels] * mult % groups:
+            raise UserError(
+                f"{section[channels] * mult} channels ({name}.{channels} {section[channels]} x"
+                f" {mult}) do not divide into {name}.num_groups = {groups}"
+            )
+
+
+def latent_shape(config: ConfigDict, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
+    """(h, w, c) of the latent of an image of `size` (height, width); default: of training.
 
     Raises:
-      UserError: the UNet cannot halve it often enough.
+      UserError: the first stage or the UNet cannot halve it often enough.
     """
     stage = first_stage(config)
-    side = config.data.image_size // stage.factor
+    height, width = size or (config.data.image_size, config.data.image_size)
+    check_image_size(stage, height, width)
+    h, w = height // stage.factor, width // stage.factor
     if config.phase == "diffusion":
         halvings = 2 ** (len(config.unet.channel_mult) - 1)
-        if side % halvings:
+        if h % halvings or w % halvings:
             raise UserError(
-                f"latents of {side}x{side} (image size {config.data.image_size}, f ="
-                f" {stage.factor}) cannot be halved for the {len(config.unet.channel_mult)} levels"
-                f" of unet.channel_mult: image size must be a multiple of"
-                f" {halvings * stage.factor}"
+                f"latents of {h}x{w} (image size {height}x{width}, f = {stage.factor}) cannot be"
+                f" halved for the {len(config.unet.channel_mult)} levels of unet.channel_mult:"
+                f" image size must be a multiple of {halvings * stage.factor}"
             )
-    return side, side, stage.channels
+    return h, w, stage.channels
 
 
 def init_params(config: ConfigDict) -> Callable[[jax.Array], dict]:
@@ -155,19 +224,44 @@ def init_params(config: ConfigDict) -> Callable[[jax.Array], dict]:
     if config.phase == "first_stage":
         stage = first_stage(config)
         return lambda key: {"autoencoder": stage.init(key)}
-    network, condition = unet(config), conditioner(config)
+    network, c = unet(config), conditioner(config)
     shape = latent_shape(config)
 
     def init(key):
         unet_key, cond_key = jax.random.split(key)
-        learned = condition.init(cond_key)
-        inputs = {name: jnp.zeros((1,), jnp.int32) for name in condition.keys}
-        cond = condition.apply(learned, inputs)
-        z, t = jnp.zeros((1, *shape)), jnp.zeros((1,), jnp.int32)
-        params = {"unet": network.init(unet_key, z, t, cond)["params"]}
+        z, t, ports = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            (
+                jax.ShapeDtypeStruct((1, *shape), jnp.float32),
+                jnp.zeros((1,), jnp.int32),
+                cond_shapes(config),
+            ),
+        )
+        params = {"unet": network.init(unet_key, z, t, ports)["params"]}
+        learned = {} if c.frozen else c.init(cond_key)
         return {**params, "conditioning": learned} if learned else params
 
     return init
+
+
+def frozen_shapes(config: ConfigDict) -> dict[str, Any]:
+    """Shapes of the parameters that phase 2 takes as they are: first stage, frozen conditioning."""
+    if config.phase == "first_stage":
+        return {}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    stage, c = first_stage(config), conditioner(config)
+    frozen = {"first_stage": jax.eval_shape(stage.init, key)}
+    if c.frozen:
+        frozen["conditioning"] = jax.eval_shape(c.init, key)
+    return frozen
+
+
+def cond_shapes(config: ConfigDict) -> Cond:
+    """Shapes of the UNet's ports for one training image."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    frozen = {**frozen_shapes(config), "latent_scale": jax.ShapeDtypeStruct((), jnp.float32)}
+    params = {"conditioning": jax.eval_shape(conditioner(config).init, key)}
+    return jax.eval_shape(condition(config), params, frozen, inputs(config, 1))
 
 
 def latents(config: ConfigDict) -> Callable[[Any, Mapping, jax.Array], jax.Array]:
@@ -216,7 +310,9 @@ def loss(config: ConfigDict) -> Callable:
         diffusion_objective.make_loss,
         section,
         denoise_network=denoise_network(config),
-        conditioner=conditioner(config),
+        condition=condition(config),
+        null=conditioner(config).null,
+        keys=conditioner(config).keys,
         latents=latents(config),
         schedule=schedule(config),
     )

@@ -91,6 +91,11 @@ def _from_json(value: Any) -> Any:
     return config_dict.placeholder(float) if value is None else value
 
 
+def read_config(text: str) -> ConfigDict:
+    """The config that `to_json` wrote."""
+    return ConfigDict(_from_json(json.loads(text)))
+
+
 def stored_config(workdir: str) -> ConfigDict:
     """The config that a workdir was made with.
 
@@ -101,6 +106,6 @@ def stored_config(workdir: str) -> ConfigDict:
     if not path.exists():
         raise UserError(f"no config.json in {workdir!r}: train there first")
     try:
-        return ConfigDict(_from_json(json.loads(path.read_text())))
+        return read_config(path.read_text())
     except ValueError as error:
         raise UserError(f"{str(path)!r} is not readable as JSON: {error}") from error

@@ -25,8 +25,8 @@ def describe(config: ConfigDict) -> dict[str, Any]:
     objective = build.objective(config)
     state = jax.eval_shape(objective.init, key)
     trained = dict(state.params)
-    first_stage = trained.get("autoencoder") or jax.eval_shape(stage.init, key)
-    frozen = {} if config.phase == "first_stage" else {"first_stage": first_stage}
+    frozen = build.frozen_shapes(config)
+    first_stage = trained.get("autoencoder") or frozen["first_stage"]
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     z = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
 
@@ -35,11 +35,8 @@ def describe(config: ConfigDict) -> dict[str, Any]:
         "decode": flops(stage.decode, first_stage, z),
     }
     if config.phase == "diffusion":
-        network, condition = build.denoise_network(config), build.conditioner(config)
-        inputs = {name: jax.ShapeDtypeStruct((1,), jnp.int32) for name in condition.keys}
-        cond = jax.eval_shape(condition.apply, state.params.get("conditioning", {}), inputs)
-        t = jax.ShapeDtypeStruct((1,), jnp.int32)
-        forward["unet"] = flops(network, state.params["unet"], z, t, cond)
+        network, t = build.denoise_network(config), jax.ShapeDtypeStruct((1,), jnp.int32)
+        forward["unet"] = flops(network, state.params["unet"], z, t, build.cond_shapes(config))
 
     mesh = build.unpack("mesh", make_mesh, config.mesh)
     return {
@@ -75,8 +72,7 @@ def _step_flops(config, objective, state, frozen, side, shape):
         if config.latents.source == "cache":
             moments = jax.eval_shape(stage.encode, frozen["first_stage"], batch["image"])
             batch = {"moments": moments}
-        for name in build.conditioner(config).keys:
-            batch[name] = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        batch |= build.inputs(config, rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
     # the scan over micro-batches is counted once
     return flops(objective.train_step, state, frozen, batch, key) * config.train.accumulate

@@ -33,6 +33,7 @@ from latent_diffusion_jax.train.state import TrainState, sampling_params
 SCALE_BATCHES = 32
 PREVIEWS = 16
 SPLITS = ("train", "validation")
+ORIGIN = {"first_stage": " of phase 1", "conditioning": " that `convert` made"}
 
 
 class Phase(NamedTuple):
@@ -69,20 +70,23 @@ def _first_stage(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
 
 def _diffusion(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
     objective = build.objective(config, mesh)
-    generate = pipeline.make_generate(config, mesh, **config.sample)
+    make = pipeline.make_generate
+    generate = build.unpack("sample", make, config.sample, config=config, mesh=mesh)
     if config.latents.source == "cache":
-        params = prepare_first_stage(config, workdir, mesh)
-        train, validation = (cached(config, workdir, split, params) for split in SPLITS)
+        frozen = prepare_frozen(config, workdir, mesh)
+        train, validation = (
+            cached(config, workdir, split, frozen["first_stage"]) for split in SPLITS
+        )
         check_classes(config, train.num_classes)
     else:
         train, validation = (build.source(config, split) for split in SPLITS)
         check_classes(config, train.num_classes)
-        params = prepare_first_stage(config, workdir, mesh)
-    scale = latent_scale(config, workdir, params, mesh)
-    frozen = {"first_stage": params, "latent_scale": jnp.float32(scale)}
+        frozen = prepare_frozen(config, workdir, mesh)
+    scale = latent_scale(config, workdir, frozen["first_stage"], mesh)
+    frozen["latent_scale"] = jnp.float32(scale)
 
     indices = np.arange(-(-PREVIEWS // mesh.size) * mesh.size)
-    inputs = pipeline.example_inputs(config, indices)
+    inputs = preview_inputs(config, validation, indices)
 
     def visualise(state, step):
         del step
@@ -93,6 +97,15 @@ def _diffusion(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
     evaluate = _evaluator(config, objective, frozen, validation, mesh)
     meta = {"latent_scale": scale, "class_names": train.class_names}
     return Phase(objective, frozen, shuffled(config, train), evaluate, visualise, meta)
+
+
+def preview_inputs(config: ConfigDict, source, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Conditions for pictures during training: every class in turn, or the first examples'."""
+    if set(build.conditioner(config).keys) <= {"label"}:
+        return pipeline.example_inputs(config, indices)
+    examples = next(in_order(config, source, min(len(indices), len(source))))
+    rows = indices % len(next(iter(examples.values())))
+    return {name: examples[name][rows] for name in build.conditioner(config).keys}
 
 
 def check_classes(config: ConfigDict, num_classes: int | None) -> None:
@@ -160,38 +173,49 @@ def _evaluator(config, objective, frozen, source, mesh):
     return evaluate
 
 
-def prepare_first_stage(config: ConfigDict, workdir: str, mesh: Mesh) -> Any:
-    """The parameters of phase 2's first stage: the workdir's own copy, made if there is none.
+def prepare_frozen(config: ConfigDict, workdir: str, mesh: Mesh) -> dict[str, Any]:
+    """What phase 2 does not train, by network: the workdir's own copies, made if there are none.
 
     Raises:
-      UserError: `run.first_stage` is not a trained workdir of the same first stage.
+      UserError: `run.first_stage` is not a trained workdir of the same first stage, or
+        `run.conditioning` not one of the same frozen conditioner.
     """
-    if config.first_stage.kind == "identity":
-        return {}
-    copy = str(epath.Path(workdir) / "first_stage")
-    if (epath.Path(copy) / "config.json").exists():
-        print(f"first stage: {copy}, copied before", flush=True)
-    else:
-        _copy_first_stage(config, config.run.first_stage, copy, mesh)
-    params, _ = pipeline.load_params(_same_first_stage(config, copy), copy, mesh)
-    return put_tree(mesh, params["autoencoder"])
+    for name, tree in build.frozen_shapes(config).items():
+        copy = str(epath.Path(workdir) / name)
+        if not tree:
+            continue
+        if (epath.Path(copy) / "checkpoints").exists():
+            print(f"{name}: {copy}, copied before", flush=True)
+            if name == "first_stage" and (epath.Path(copy) / "config.json").exists():
+                _same_first_stage(config, copy)
+        else:
+            _copy_frozen(config, name, copy, mesh)
+    return {"first_stage": {}, **put_tree(mesh, pipeline.load_frozen(config, workdir, mesh))}
 
 
-def _copy_first_stage(config: ConfigDict, origin: str, copy: str, mesh: Mesh) -> None:
+def _copy_frozen(config: ConfigDict, name: str, copy: str, mesh: Mesh) -> None:
+    origin = config.run[name]
     if not origin:
         raise UserError(
-            "phase 2 needs a trained first stage: --config.run.first_stage=WORKDIR of phase 1"
+            f"phase 2 needs a trained {name.replace('_', ' ')}:"
+            f" --config.run.{name}=WORKDIR{ORIGIN[name]}"
         )
     try:
-        theirs = _same_first_stage(config, origin)
-        params, (step, _) = pipeline.load_params(theirs, origin, mesh)
+        if name == "first_stage" and not (epath.Path(origin) / name).exists():
+            theirs = _same_first_stage(config, origin)
+            params, (step, _) = pipeline.load_params(theirs, origin, mesh)
+            write_config(copy, to_json(theirs))
+            place = f"{origin} at step {step}"
+        else:  # a workdir of phase 2
+            network = pipeline.FROZEN[name]
+            params = {network: pipeline.load_frozen(config, origin, mesh)[name]}
+            place = origin
     except UserError as error:
-        raise UserError(f"config.run.first_stage: {error}") from error
-    checkpointer = Checkpointer(copy)
-    checkpointer.save(0, TrainState(jnp.int32(0), params, (), {}), {})
+        raise UserError(f"config.run.{name}: {error}") from error
+    checkpointer = Checkpointer(copy)  # whole or absent, as every checkpoint
+    checkpointer.save_weights(0, params, {}, {})
     checkpointer.close()
-    write_config(copy, to_json(theirs))  # last, since it says that the copy is whole
-    print(f"first stage: {copy}, copied from {origin} at step {step}", flush=True)
+    print(f"{name}: {copy}, copied from {place}", flush=True)
 
 
 def _same_first_stage(config: ConfigDict, place: str) -> ConfigDict:
@@ -295,7 +319,7 @@ def encode(config: ConfigDict, workdir: str, mesh: Mesh) -> float:
         raise UserError(f"encode runs in one process, not in {jax.process_count()}")
     sources = {split: build.source(config, split) for split in SPLITS}
     check_classes(config, sources["train"].num_classes)
-    params = prepare_first_stage(config, workdir, mesh)
+    params = prepare_frozen(config, workdir, mesh)["first_stage"]
     scale = latent_scale(config, workdir, params, mesh)
     encoder = jax.jit(build.first_stage(config).encode)
     rows = config.train.batch_size

@@ -33,13 +33,17 @@ from latent_diffusion_jax.train.checkpoint import Checkpointer
 from latent_diffusion_jax.train.metrics import Progress, grid
 from latent_diffusion_jax.train.sharding import (
     abstract_state,
+    lay_out,
     make_gather,
     put_batch,
     replicated,
 )
-from latent_diffusion_jax.train.state import sampling_params
+from latent_diffusion_jax.train.state import TrainState, sampling_params
 
 GRID = 400  # images in a grid at most: thousands, for a measurement, are kept as files alone
+
+
+FROZEN = {"first_stage": "autoencoder", "conditioning": "conditioning"}  # folder -> network in it
 
 
 class Trained(NamedTuple):
@@ -62,25 +66,45 @@ def load(workdir: str, mesh: Mesh) -> Trained:
     params, (step, meta) = load_params(config, workdir, mesh)
     if config.phase == "first_stage":
         return Trained(config, params, {}, None, step)
-    first_stage = {}
-    if config.first_stage.kind != "identity":
-        copy = str(epath.Path(workdir) / "first_stage")
-        first_stage = load_params(stored_config(copy), copy, mesh)[0]["autoencoder"]
-    frozen = {"first_stage": first_stage, "latent_scale": jnp.float32(meta["latent_scale"])}
+    frozen = {
+        "first_stage": {},
+        **load_frozen(config, workdir, mesh),
+        "latent_scale": jnp.float32(meta["latent_scale"]),
+    }
     names = meta["class_names"]
     return Trained(config, params, frozen, tuple(names) if names else None, step)
 
 
+def load_frozen(config: ConfigDict, workdir: str, mesh: Mesh) -> dict[str, Any]:
+    """What phase 2 does not train, by network: a workdir keeps each in a folder of its name."""
+    frozen = {}
+    for name, tree in build.frozen_shapes(config).items():
+        if tree:
+            network = FROZEN[name]
+            abstract = TrainState(jnp.int32(0), {network: lay_out(tree, mesh)}, (), {})
+            _, state, _ = _restore(abstract, str(epath.Path(workdir) / name))
+            frozen[name] = state.params[network]
+    return frozen
+
+
 def load_params(config: ConfigDict, workdir: str, mesh: Mesh) -> tuple[dict, tuple[int, dict]]:
     """The weights to sample with, by network, and the (step, meta) of their checkpoint."""
-    abstract = abstract_state(build.objective(config).init, jax.random.key(0), mesh)
+    step, state, meta = restore(config, workdir, mesh)
+    return sampling_params(state), (step, meta)
+
+
+def restore(config: ConfigDict, workdir: str, mesh: Mesh) -> tuple[int, TrainState, dict]:
+    """The newest good checkpoint without its optimiser, as (step, state, meta)."""
+    return _restore(abstract_state(build.objective(config).init, jax.random.key(0), mesh), workdir)
+
+
+def _restore(abstract: TrainState, workdir: str) -> tuple[int, TrainState, dict]:
     checkpointer = Checkpointer(workdir, read_only=True)
     restored = checkpointer.restore_params(abstract)
     checkpointer.close()
     if restored is None:
         raise UserError(f"no checkpoint in {workdir!r} yet: train there first")
-    step, state, meta = restored
-    return sampling_params(state), (step, meta)
+    return restored
 
 
 def make_generate(
@@ -92,6 +116,7 @@ def make_generate(
     steps: int,
     timesteps: str,
     scale: float,
+    size: tuple[int, int] | None = None,
 ) -> Callable[..., jax.Array]:
     """Builds generate(params, frozen, inputs, key, indices) -> images [B, H, W, 3], compiled once.
 
@@ -101,26 +126,28 @@ def make_generate(
       sampler: one of SAMPLERS; `options` are its own, such as eta.
       steps: how many; `timesteps` says which, one of TIMESTEPS.
       scale: of guidance; 1 is the plain condition, evaluated alone.
+      size: height and width of the images; default: as in training.
 
     Image i (of `indices`) depends on the key and i alone, up to rounding.
     """
     schedule, stage = build.schedule(config), build.first_stage(config)
     conditioner, network = build.conditioner(config), build.denoise_network(config)
+    condition = build.condition(config)
     method = make_sampler(sampler, schedule, **options)
     times = make_timesteps(timesteps, steps, len(schedule.alpha))
-    shape = build.latent_shape(config)
+    shape = build.latent_shape(config, size)
     gather = make_gather(mesh)
     guided = scale != 1 and bool(conditioner.keys)
 
-    def cond_of(params, inputs) -> Cond:
+    def cond_of(params, frozen, inputs) -> Cond:
         if guided:
             both = (conditioner.null(inputs), inputs)
             inputs = jax.tree.map(lambda *rows: jnp.concatenate(rows), *both)
-        return conditioner.apply(params.get("conditioning", {}), inputs)
+        return condition(params, frozen, inputs)
 
     def generate(params, frozen, inputs, key, indices, scale):
         params, frozen = gather(params), gather(frozen)
-        cond = cond_of(params, inputs)
+        cond = cond_of(params, frozen, inputs)
         denoise = make_denoise(
             lambda z_t, t: network(params["unet"], z_t, t, cond),
             schedule,
@@ -170,14 +197,17 @@ def generate(
     `inputs` holds one row per image; `options` are `make_generate`'s. The batch is rounded up to a
     multiple of the devices, which changes no image.
     """
-    run = make_generate(trained.config, mesh, **options)
+    run = build.unpack("sample", make_generate, options, config=trained.config, mesh=mesh)
     rows = -(-min(batch, number) // mesh.size) * mesh.size
     for start in range(0, number, rows):
         indices = np.arange(start, start + rows)
         wanted = np.minimum(indices, number - 1)  # the last batch is filled up
         chosen = {name: values[wanted] for name, values in inputs.items()}
         images = run(trained.params, trained.frozen, chosen, jax.random.key(seed), indices)
-        yield np.asarray(images)[: number - start]
+        images = np.asarray(images)
+        if "mask" in chosen:  # known pixels stay as they are
+            images = np.where(chosen["mask"] >= 0.5, images, chosen["image_to_fill"])
+        yield images[: number - start]
 
 
 def make_reconstruct(config: ConfigDict, mesh: Mesh) -> Callable[[Any, jax.Array], jax.Array]:

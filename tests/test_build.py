@@ -87,7 +87,9 @@ def test_a_misspelt_key_names_itself_the_nearest_and_the_choices(spec, make, sec
         (FIRST_STAGE, build.objective, {"optim__schedule__name": "cosine"}, "warmup_cosine"),
         (FIRST_STAGE, build.objective, {"phase": "difusion"}, "did you mean 'diffusion'"),
         (FIRST_STAGE, lambda c: build.source(c, "train"), {"data__source__name": "s"}, "shapes"),
-        (DIFFUSION, build.conditioner, {"conditioning__kind": "labels"}, "one of label, none"),
+        (FIRST_STAGE, build.first_stage, {"first_stage__num_groups": 3}, "num_groups = 3"),
+        (DIFFUSION, build.unet, {"unet__num_groups": 7}, "64 channels .*unet.num_groups = 7"),
+        (DIFFUSION, build.conditioner, {"conditioning__kind": "labels"}, "one of clip, embeddings"),
         (DIFFUSION, build.conditioner, {"conditioning__kind": "none"}, "'dim'; there are none"),
         (DIFFUSION, build.latents, {"latents__source": "cached"}, "did you mean 'cache'"),
         (DIFFUSION, build.schedule, {"diffusion__schedule__name": "lin"}, "unknown schedule 'lin'"),
@@ -116,7 +118,7 @@ def test_heads_that_do_not_fit(changes, message):
 
 def test_latents_that_the_unet_cannot_halve():
     config = config_of(DIFFUSION, unet__channel_mult=(1, 1, 1, 1, 1))
-    with pytest.raises(UserError, match="8x8 .*image size 32, f = 4.*multiple of 64"):
+    with pytest.raises(UserError, match="8x8 .*image size 32x32, f = 4.*multiple of 64"):
         build.latent_shape(config)
     assert build.latent_shape(config_of(DIFFUSION, data__image_size=64)) == (16, 16, 4)
 

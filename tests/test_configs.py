@@ -1,4 +1,7 @@
-"""Every config in every variant describes something that can be built."""
+"""Every config in every variant describes something that can be built.
+
+Those of published models have a test of their own.
+"""
 
 import inspect
 from pathlib import Path
@@ -10,9 +13,14 @@ from latent_diffusion_jax import build
 from latent_diffusion_jax.config import load_config
 
 ROOT = Path(__file__).parents[1]
+FILES = [
+    path
+    for path in sorted(ROOT.glob("configs/*/*.py"))
+    if "from configs import published" not in path.read_text()
+]
 VARIANTS = [
     (path.relative_to(ROOT).as_posix(), argument)
-    for path in sorted(ROOT.glob("configs/*/*.py"))
+    for path in FILES
     for argument in ("", "tiny", "vq", "pixels", "unconditional")
     if not argument or f'"{argument}":' in path.read_text()
 ]

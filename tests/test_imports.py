@@ -11,15 +11,15 @@ PACKAGE = Path(__file__).parent.parent / "latent_diffusion_jax"
 PARTS = {  # part -> what it may import beside itself and `errors`
     "errors": [],
     "config": [],
-    "conditioning": [],
+    "conditioning": ["nn"],
     "data": [],
     "train": [],
     "nn": ["conditioning.cond"],
     "diffusion": ["conditioning.cond"],
     "first_stage": ["nn"],
 }
-for top in ("build", "describe", "pipeline", "phases", "__main__"):  # these, all before them
-    PARTS[top] = list(PARTS)
+for top in ("build", "describe", "pipeline", "inputs", "convert", "phases", "__main__"):
+    PARTS[top] = list(PARTS)  # all before them
 
 
 def imports(path):

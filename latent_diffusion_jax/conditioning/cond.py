@@ -3,11 +3,14 @@
 The original's five `conditioning_key`s become which ports are set.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 from flax import struct
+
+Inputs = dict[str, Any]  # [B, ...] each
+ToLatent = Callable[[jax.Array], jax.Array]  # image [B, H, W, 3] -> scaled latent [B, h, w, c]
 
 
 @struct.dataclass
@@ -25,20 +28,59 @@ class Cond:
 
 
 class Conditioner(NamedTuple):
-    """A condition as three pure functions over `inputs`, the batch's entries named by `keys`.
+    """A condition as pure functions over `inputs`, the batch's entries named by `keys`.
 
-    init: key -> params ({} when nothing is learned).
-    apply: (params, inputs) -> Cond.
+    init: key -> params ({} when there are no weights).
+    apply: (params, inputs, to_latent) -> Cond; only those that concatenate images read `to_latent`.
     null: inputs -> inputs of the same shapes that mean "no condition" (for guidance).
-    keys: the entries of a batch that it reads; () for an unconditional model.
+    inputs: (height, width) of the image -> shape and type of each entry of one example.
+    frozen: whether the weights come from elsewhere and are not trained.
     """
 
     init: Callable[[jax.Array], Any]
-    apply: Callable[[Any, dict], Cond]
-    null: Callable[[dict], dict]
-    keys: tuple[str, ...]
+    apply: Callable[..., Cond]
+    null: Callable[[Inputs], Inputs]
+    inputs: Callable[[int, int], dict[str, jax.ShapeDtypeStruct]]
+    frozen: bool = False
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The entries of a batch that it reads; () for an unconditional model."""
+        return tuple(self.inputs(64, 64))
 
 
 def unconditional() -> Conditioner:
     """The conditioner of a model without condition."""
-    return Conditioner(lambda key: {}, lambda params, inputs: Cond(), lambda inputs: inputs, ())
+    return Conditioner(
+        init=lambda key: {},
+        apply=lambda params, inputs, to_latent=None: Cond(),
+        null=lambda inputs: inputs,
+        inputs=lambda height, width: {},
+    )
+
+
+def together(parts: Mapping[str, Conditioner]) -> Conditioner:
+    """Several conditions at once, each for a port of its own: text beside a mask, for one."""
+
+    def merged(dicts):
+        return {name: value for each in dicts for name, value in each.items()}
+
+    def init(key):
+        keys = jax.random.split(key, len(parts))
+        return merged(part.init(k) for part, k in zip(parts.values(), keys, strict=True))
+
+    def own(part, inputs):
+        return {name: inputs[name] for name in part.keys}
+
+    def apply(params, inputs, to_latent=None):
+        conds = [part.apply(params, own(part, inputs), to_latent) for part in parts.values()]
+        ports = merged({k: v for k, v in vars(c).items() if v is not None} for c in conds)
+        return Cond(**ports)
+
+    return Conditioner(
+        init=init,
+        apply=apply,
+        null=lambda inputs: merged(part.null(own(part, inputs)) for part in parts.values()),
+        inputs=lambda height, width: merged(p.inputs(height, width) for p in parts.values()),
+        frozen=any(part.frozen for part in parts.values()),
+    )

@@ -4,13 +4,13 @@ Source: Rombach et al. 2022, eq. 2 (unconditional) and 3 (conditional); conditio
 Salimans 2021, algorithm 1, which the original code lacks and guidance needs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion_jax.conditioning.cond import Cond, Conditioner
+from latent_diffusion_jax.conditioning.cond import Cond
 from latent_diffusion_jax.diffusion import prediction as predictions
 from latent_diffusion_jax.diffusion.schedule import Schedule, add_noise, at
 from latent_diffusion_jax.errors import UserError, choose
@@ -28,7 +28,9 @@ QUARTERS = 4
 def make_loss(
     *,
     denoise_network: Callable[[Params, Array, Array, Cond, Array | None], Array],
-    conditioner: Conditioner,
+    condition: Callable[[Params, Params, Batch], Cond],
+    null: Callable[[Batch], Batch],
+    keys: Sequence[str],
     latents: Callable[[Params, Batch, Array], Array],
     schedule: Schedule,
     prediction: str = "eps",
@@ -41,7 +43,9 @@ def make_loss(
     Args:
       denoise_network: (params, z_t [B,h,w,c], t int32 [B], cond, key) -> output [B,h,w,c]; the key
         is for dropout, None in evaluation.
-      conditioner: turns the batch's `conditioner.keys` into a Cond.
+      condition: (params, frozen, inputs) -> Cond, where inputs are the batch's `keys`.
+      null: inputs -> inputs that mean "no condition".
+      keys: the entries of a batch that the condition reads.
       latents: (frozen, batch, key) -> scaled latents [B,h,w,c].
       schedule: the forward process.
       prediction: what the output means, one of PREDICTIONS.
@@ -50,7 +54,7 @@ def make_loss(
       condition_dropout: how often an example loses its condition in training, from 0 to 1.
 
     Returns:
-      The loss. Its params hold "unet" and, where the conditioner has any, "conditioning"; with
+      The loss. Its params hold "unet" and what `condition` reads, such as "conditioning"; with
       train=False no condition is dropped.
 
     Raises:
@@ -69,10 +73,10 @@ def make_loss(
         z = latents(frozen, batch, z_key).astype(jnp.float32)
         t = jax.random.randint(t_key, z.shape[:1], 0, len(schedule.alpha))
         eps = jax.random.normal(eps_key, z.shape)
-        inputs = {name: batch[name] for name in conditioner.keys}
+        inputs = {name: batch[name] for name in keys}
         if train and condition_dropout:
-            inputs = drop_condition(drop_key, inputs, conditioner.null(inputs), condition_dropout)
-        cond = conditioner.apply(params.get("conditioning", {}), inputs)  # absent: has no weights
+            inputs = drop_condition(drop_key, inputs, null(inputs), condition_dropout)
+        cond = condition(params, frozen, inputs)
         losses = example_losses(
             lambda z_t, t: denoise_network(
                 params["unet"], z_t, t, cond, network_key if train else None

@@ -28,25 +28,31 @@ class Schedule:
 
 
 def make_schedule(*, name: str, timesteps: int = 1000, **options: float) -> Schedule:
-    """Builds a schedule; `options` are those of the named one in SCHEDULES, all of them checked.
-
-    Raises:
-      UserError: an unknown name or option, or a beta outside (0, 1).
-    """
-    make_betas = choose("schedule", name, SCHEDULES)
-    if timesteps < 1:
-        raise UserError(f"a schedule of {timesteps} timesteps; it needs at least 1")
-    try:
-        betas = make_betas(timesteps, **options)
-    except TypeError as error:
-        raise UserError(f"schedule {name!r}: {error}") from error
-    if not np.all((betas > 0) & (betas < 1)):
-        raise UserError(f"schedule {name!r} with {options} has betas outside (0, 1)")
+    """Builds a schedule; see `make_betas`, which raises for it."""
+    betas = make_betas(name=name, timesteps=timesteps, **options)
     alphas_cumprod = np.cumprod(1 - betas)  # in float64: 1 - alphas_cumprod cancels at small t
     return Schedule(
         alpha=jnp.asarray(np.sqrt(alphas_cumprod), jnp.float32),
         sigma=jnp.asarray(np.sqrt(1 - alphas_cumprod), jnp.float32),
     )
+
+
+def make_betas(*, name: str, timesteps: int = 1000, **options: float) -> np.ndarray:
+    """The variances beta_t, float64 [T]; `options` are those of the named one in SCHEDULES.
+
+    Raises:
+      UserError: an unknown name or option, or a beta outside (0, 1).
+    """
+    function = choose("schedule", name, SCHEDULES)
+    if timesteps < 1:
+        raise UserError(f"a schedule of {timesteps} timesteps; it needs at least 1")
+    try:
+        betas = function(timesteps, **options)
+    except TypeError as error:
+        raise UserError(f"schedule {name!r}: {error}") from error
+    if not np.all((betas > 0) & (betas < 1)):
+        raise UserError(f"schedule {name!r} with {options} has betas outside (0, 1)")
+    return betas
 
 
 def _linear(timesteps: int, *, linear_start: float, linear_end: float) -> np.ndarray:

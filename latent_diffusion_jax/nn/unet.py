@@ -41,6 +41,8 @@ class UNet(nn.Module):
       transformer_depth: 0 for plain self-attention, else blocks per spatial transformer.
       use_scale_shift_norm: the time embedding scales and shifts instead of being added.
       resblock_updown: resolution changes inside residual blocks, not by convolutions.
+      linear_projections: checkpoints hold a spatial transformer's projections as linear layers, as
+        Stable Diffusion 2's, not as 1x1 convolutions; the same numbers.
       remat: recompute each block in the backward pass instead of keeping its activations.
       dtype: compute dtype; parameters and the result are float32.
     """
@@ -55,6 +57,7 @@ class UNet(nn.Module):
     transformer_depth: int = 0
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False
+    linear_projections: bool = False
     dropout: float = 0.0
     num_groups: int = 32
     remat: bool = False

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 
 from latent_diffusion_jax.errors import UserError, differences
 from latent_diffusion_jax.train.checksum import checksums
-from latent_diffusion_jax.train.state import TrainState
+from latent_diffusion_jax.train.state import Params, TrainState
 
 
 class _BrokenError(Exception):
@@ -82,9 +82,15 @@ class Checkpointer:
         Raises:
           UserError: this save, or the one before in the background, cannot be written.
         """
+        self._save(step, _items(state), meta)
+
+    def save_weights(self, step: int, params: Params, ema: Params, meta: Mapping[str, Any]) -> None:
+        """As `save`, of weights to sample with or to start a training from."""
+        self._save(step, {"weights": {"params": params, "ema": ema}}, meta)
+
+    def _save(self, step: int, items: dict[str, Any], meta: Mapping[str, Any]) -> None:
         if step in self._manager.all_steps():
             return
-        items = _items(state)
         payload = json.dumps(
             {
                 "meta": dict(meta),
@@ -102,14 +108,16 @@ class Checkpointer:
     def restore_latest(self, abstract: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
         """Reads the newest good step as (step, state, meta); None where there are no checkpoints.
 
+        The state of a step that was saved by `save_weights` has `opt_state` None.
+
         `abstract` holds shapes, types and shardings; the mesh may differ from the writer's.
 
         Raises:
           UserError: every step is broken, or a step belongs to another model.
         """
         for step, read, meta in self._good_steps(_items(abstract)):
-            state = TrainState(**read["optimizer"], **read["weights"])
-            return step, state, meta
+            optimizer = read.get("optimizer", {"step": jnp.int32(step), "opt_state": None})
+            return step, TrainState(**optimizer, **read["weights"]), meta
         return None
 
     def restore_params(self, abstract: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
@@ -150,8 +158,9 @@ class Checkpointer:
         for step in steps:
             try:
                 sealed = self._read_meta(step)
-                self._check_layout(step, sealed["layout"], items)
-                yield step, self._read_arrays(step, items, sealed["checksums"]), sealed["meta"]
+                there = {name: tree for name, tree in items.items() if name in sealed["layout"]}
+                self._check_layout(step, sealed["layout"], there)
+                yield step, self._read_arrays(step, there, sealed["checksums"]), sealed["meta"]
             except _BrokenError as error:
                 self._set_aside(step, str(error))
         if steps:
@@ -256,7 +265,9 @@ def _everywhere(ok: bool) -> bool:
 
 
 def check_config(workdir: str, config_json: str) -> None:
-    """Refuses a workdir that was made with another config; section `run` may change.
+    """Refuses a workdir of another config; sections `run` and `published` may change.
+
+    Where a training starts from weights that `convert` brought, only the networks are given.
 
     Raises:
       UserError: `optim.lr: 0.001 here, 0.0001 in the workdir`, for every key that differs.
@@ -269,9 +280,19 @@ def check_config(workdir: str, config_json: str) -> None:
     except ValueError as error:
         raise UserError(f"{path} is not readable as JSON ({_one_line(error)})") from error
     here = json.loads(config_json)
-    differing = differences({**here, "run": {}}, {**there, "run": {}}, "in the workdir")
+    free = ("run", "published")
+    if _is_converted(workdir):
+        free = tuple({*here, *there} - {"phase", "first_stage", "conditioning", "unet"})
+    here, there = ({k: v for k, v in config.items() if k not in free} for config in (here, there))
+    differing = differences(here, there, "in the workdir")
     if differing:
         raise UserError(f"{workdir} holds another config; {'; '.join(differing)}")
+
+
+def _is_converted(workdir: str) -> bool:
+    """Whether the weights are from elsewhere and nothing was trained on them yet."""
+    steps = epath.Path(workdir) / "checkpoints"
+    return steps.exists() and [path.name for path in steps.iterdir()] == ["0"]
 
 
 def write_config(workdir: str, config_json: str) -> None:

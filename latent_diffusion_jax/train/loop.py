@@ -138,6 +138,13 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def _fine_tune(objective: Objective, weights: TrainState, abstract: TrainState) -> TrainState:
+    """The first state of a training that starts from weights, which it takes over."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    start = jax.jit(objective.start, donate_argnums=(0, 1), out_shardings=shardings)
+    return start(weights.params, weights.ema)
+
+
 def _compile(
     objective: Objective, state: TrainState, frozen: Any, batch: Any, key: jax.Array, mesh: Mesh
 ) -> tuple[Callable[..., tuple[TrainState, Metrics]], float]:
@@ -171,6 +178,8 @@ def train(
 ) -> TrainState:
     """Trains up to `steps`, from the newest good checkpoint where there is one, and saves.
 
+    A checkpoint of weights alone is where a training starts, at step 0, with a new optimiser.
+
     Args:
       objective: the phase.
       frozen: tree of networks that the step reads and does not train.
@@ -193,9 +202,13 @@ def train(
       Stopped: SIGTERM or Ctrl-C; the state is saved.
       UserError: the batch does not divide by the devices; a checkpoint cannot be read or written.
     """
-    restored = checkpointer.restore_latest(abstract_state(objective.init, key, mesh))
+    abstract = abstract_state(objective.init, key, mesh)
+    restored = checkpointer.restore_latest(abstract)
+    window = _Window()
     if restored is None:
-        start, state, window = 0, init_sharded(objective.init, key, mesh), _Window()
+        start, state = 0, init_sharded(objective.init, key, mesh)
+    elif restored[1].opt_state is None:  # weights from elsewhere
+        start, state = 0, _fine_tune(objective, restored[1], abstract)
     else:
         start, state, saved = restored
         batches.set_state(saved["data"])

@@ -31,6 +31,7 @@ class Objective(NamedTuple):
     """
 
     init: Callable[[jax.Array], TrainState]  # (key)
+    start: Callable[..., TrainState]  # (params, ema): step 0 of a training from weights
     train_step: Callable[..., tuple[TrainState, Metrics]]  # (state, frozen, batch, key)
     eval_step: Callable[..., Metrics]  # (state, frozen, batch, key)
 
@@ -102,14 +103,12 @@ def make_objective(
         that does not divide by `accumulate`.
     """
 
+    def start(params: Params, ema: Params) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
+
     def init(key: jax.Array) -> TrainState:
         params = init_params(key)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=tx.init(params),
-            ema=init_ema(params, ema_networks),
-        )
+        return start(params, init_ema(params, ema_networks))
 
     def train_step(
         state: TrainState, frozen: Any, batch: Batch, key: jax.Array
@@ -145,4 +144,4 @@ def make_objective(
         value, metrics = loss(sampling_params(state), frozen, batch, key, False)
         return {**metrics, "loss": value}
 
-    return Objective(init, train_step, eval_step)
+    return Objective(init, start, train_step, eval_step)

@@ -57,7 +57,11 @@ def state_shardings(tree: Any, mesh: Mesh, min_size: int = MIN_SIZE) -> Any:
 
 def abstract_state(init: Callable[[jax.Array], Any], key: jax.Array, mesh: Mesh) -> Any:
     """Shapes, types and shardings of `init(key)`, with nothing allocated."""
-    shapes = jax.eval_shape(init, key)
+    return lay_out(jax.eval_shape(init, key), mesh)
+
+
+def lay_out(shapes: Any, mesh: Mesh) -> Any:
+    """The same shapes and types, with shardings."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,

@@ -23,7 +23,7 @@ LABELS = Conditioner(
     init=lambda key: {"table": jax.random.normal(key, [CLASSES + 1])},
     apply=lambda params, inputs: Cond(embedding=params["table"][inputs["label"]][:, None]),
     null=lambda inputs: {"label": jnp.full_like(inputs["label"], CLASSES)},
-    keys=("label",),
+    inputs=lambda height, width: {"label": jax.ShapeDtypeStruct((), jnp.int32)},
 )
 
 
@@ -32,10 +32,20 @@ def network(params, z_t, t, cond, key=None):
     return params["scale"] * z_t + shift
 
 
+def conditioning(conditioner):
+    return dict(
+        condition=lambda params, frozen, inputs: conditioner.apply(
+            params.get("conditioning"), inputs
+        ),
+        null=conditioner.null,
+        keys=conditioner.keys,
+    )
+
+
 def loss_for(conditioner, **options):
     return make_loss(
         denoise_network=network,
-        conditioner=conditioner,
+        **conditioning(conditioner),
         latents=lambda frozen, batch, key: frozen * batch["z"],
         schedule=SCHEDULE,
         **options,
@@ -119,7 +129,7 @@ def test_times_and_noise_cover_their_distributions():
 
     loss_function = make_loss(
         denoise_network=spy,
-        conditioner=unconditional(),
+        **conditioning(unconditional()),
         latents=lambda frozen, batch, key: jnp.zeros([20_000, 1, 1, 1]),
         schedule=SCHEDULE,
     )
@@ -144,7 +154,7 @@ def test_the_network_has_a_dropout_key_in_training_alone():
 
     loss_function = make_loss(
         denoise_network=spy,
-        conditioner=unconditional(),
+        **conditioning(unconditional()),
         latents=lambda frozen, batch, key: batch["z"],
         schedule=SCHEDULE,
     )

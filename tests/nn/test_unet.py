@@ -29,7 +29,16 @@ def unet_of(p):
     )
 
 
-@pytest.mark.parametrize("name", ["bsr_sr", "celeba256", "cin256-v2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bsr_sr",
+        "celeba256",
+        "cin256-v2",
+        pytest.param("text2img256", marks=pytest.mark.slow),
+        pytest.param("txt2img-1p4B-eval", marks=pytest.mark.slow),
+    ],
+)
 def test_published_unet(name):
     a, info = golden(f"unet_{name}")
     unet = unet_of(info["unet_params"])

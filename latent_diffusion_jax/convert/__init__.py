@@ -1,0 +1,1 @@
+"""Published checkpoint files in and out: read safely and lazily, written atomically."""

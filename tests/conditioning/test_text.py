@@ -1,0 +1,77 @@
+"""Tokens, from vocabularies small enough to write down."""
+
+import jax
+import numpy as np
+import pytest
+
+from latent_diffusion_jax.conditioning.text import clip, make_tokenize, text
+from latent_diffusion_jax.errors import UserError
+
+WORDS = ["a", "photograph", "of", "two", "dogs", "on", "the", "beach", "dog", "##s", "cat"]
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    """bert-base-uncased's places for the special tokens, and a few words after them."""
+    place = tmp_path_factory.mktemp("bert")
+    special = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (place / "vocab.txt").write_text("\n".join([*special, *WORDS]) + "\n")
+    return place
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_bert_tokens(vocabulary, kind):
+    path = vocabulary / "vocab.txt" if kind == "file" else vocabulary
+    tokens = make_tokenize("text", str(path), 8)(["Two DOGS", "", "cats on the xyz a dog a cat"])
+    number = {word: 104 + i for i, word in enumerate(WORDS)}
+    assert tokens.dtype == np.int32
+    assert tokens[0].tolist() == [101, number["two"], number["dogs"], 102, 0, 0, 0, 0]
+    assert tokens[1].tolist() == [101, 102, 0, 0, 0, 0, 0, 0]
+    cut = [number["cat"], number["##s"], number["on"], number["the"], 100, number["a"]]
+    assert tokens[2].tolist() == [101, *cut, 102]
+
+
+def test_a_tokeniser_that_knows_nothing_is_refused(vocabulary, tmp_path):
+    lines = (vocabulary / "vocab.txt").read_text().split("\n")
+    (tmp_path / "vocab.txt").write_text("\n".join(lines[:104]))
+    with pytest.raises(UserError, match="knows no word of"):
+        make_tokenize("text", str(tmp_path), 8)
+
+
+def test_a_vocabulary_of_other_numbers_is_refused(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]))
+    with pytest.raises(UserError, match=r"\[CLS\] as 2, the published vocabulary as 101"):
+        make_tokenize("text", str(tmp_path), 8)
+
+
+@pytest.mark.parametrize("kind", ["text", "clip"])
+def test_a_missing_tokeniser_says_how_to_give_one(kind, tmp_path):
+    with pytest.raises(UserError, match="config.data.tokenizer=DIR") as error:
+        make_tokenize(kind, str(tmp_path / "nowhere"), 8)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "conditioner,null",
+    [
+        (text(vocab_size=200, max_length=6, dim=8, depth=1), [101, 102, 0, 0, 0, 0]),
+        (
+            clip(dim=8, depth=1, num_heads=2, activation="gelu", max_length=4),
+            [49406, 49407, 49407, 49407],
+        ),
+        (
+            clip(dim=8, depth=1, num_heads=2, activation="gelu", max_length=4, pad=0),
+            [49406, 49407, 0, 0],
+        ),
+    ],
+    ids=["text", "clip", "clip padded with 0"],
+)
+def test_null_is_the_empty_caption(conditioner, null):
+    length = len(null)
+    tokens = np.ones((3, length), np.int32)
+    assert np.asarray(conditioner.null({"tokens": tokens})["tokens"]).tolist() == [null] * 3
+    cond = jax.eval_shape(
+        lambda key: conditioner.apply(conditioner.init(key), {"tokens": tokens}), jax.random.key(0)
+    )
+    assert cond.context.shape == (3, length, 8)
+    assert conditioner.frozen == (null[0] == 49406)
