@@ -294,3 +294,11 @@ def test_docstring_is_the_documentation(file):
     assert "Not trained here." in " ".join(docstring.split())
     for argument in ("tiny", *ARGUMENTS.get(file, ())):
         assert f"`:{argument}`" in docstring
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_documentation_lists_it(file):
+    folder, name = file.split("/")
+    assert f"| `{name}` |" in (CONFIGS.parent / "docs" / "models.md").read_text()
+    if folder == "diffusion":
+        assert f"| `{name}` |" in (CONFIGS.parent / "README.md").read_text()
