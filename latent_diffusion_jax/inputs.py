@@ -89,7 +89,7 @@ def _prompt(config, section, asked, class_names):
     tokenizer = config.data.get("tokenizer")
     if not tokenizer:
         raise UserError("this model needs a tokeniser: --config.data.tokenizer=DIR")
-    tokenize = make_tokenize(section.kind, tokenizer, section.max_length, section.get("pad", 0))
+    tokenize = make_tokenize(section.kind, tokenizer, section.max_length, section.get("pad"))
     return {"tokens": tokenize(prompts)}, None
 
 

@@ -92,7 +92,7 @@ def token_conditioner(
     return Conditioner(init, apply, lambda x: {"tokens": null(x["tokens"])}, inputs, frozen)
 
 
-def make_tokenize(kind: str, tokenizer: str, max_length: int, pad: int = 0) -> Tokenize:
+def make_tokenize(kind: str, tokenizer: str, max_length: int, pad: int | None = None) -> Tokenize:
     """The tokeniser of a "text" or "clip" condition.
 
     Args:
@@ -100,7 +100,7 @@ def make_tokenize(kind: str, tokenizer: str, max_length: int, pad: int = 0) -> T
       tokenizer: a folder as `save_pretrained` writes it (vocab.txt; vocab.json and merges.txt), a
         `vocab.txt`, or a name that `transformers` finds in its cache or on its hub.
       max_length: captions are cut there.
-      pad: CLIP's filling after the end token.
+      pad: CLIP's filling after the end token; default: the end token.
 
     Raises:
       UserError: nothing usable is there, or it knows none of a sentence's words.
@@ -119,6 +119,8 @@ def make_tokenize(kind: str, tokenizer: str, max_length: int, pad: int = 0) -> T
     start, end = BERT_EMPTY if kind == "text" else CLIP_EMPTY
     if kind == "text":
         pad = 0
+    elif pad is None:
+        pad = end
 
     def tokenize(captions: Sequence[str]) -> np.ndarray:
         rows = np.full((len(captions), max_length), pad, np.int32)

@@ -16,10 +16,17 @@ from latent_diffusion_jax.config import load_config, override, stored_config, to
 from latent_diffusion_jax.convert import compvis, openclip
 from latent_diffusion_jax.convert.files import Tensor, open_tensors, write_tensors
 from latent_diffusion_jax.convert.recognise import CONFIGS, recognise
-from latent_diffusion_jax.errors import UserError
+from latent_diffusion_jax.errors import UserError, choose
 from latent_diffusion_jax.train.checkpoint import Checkpointer, write_config
 
+UNREAD = (  # beginnings of keys that published files have beyond the networks
+    "loss.",
+    compvis.EMA,
+    f"{compvis.CONDITIONING}transformer.text_model.embeddings.position_ids",
+    f"{compvis.CONDITIONING}model.",  # of OpenCLIP, what Stable Diffusion 2 does not use
+)
 NETWORKS = {"first_stage", "conditioning", "unet"}
+DTYPES = ("float32", "float16", "bfloat16")
 ORIGINAL = "original"  # folder in a workdir: what its file held beyond the networks
 
 
@@ -101,7 +108,7 @@ def _settle(config: ConfigDict, tensors: Mapping[str, Tensor], sections: Mapping
 
 def load_trained(source: Source, mesh: Mesh, *, raw: bool = False) -> pipeline.Trained:
     """A checkpoint as `pipeline.load` gives a workdir, with nothing written."""
-    weights = compvis.load(source.tensors, source.config, mesh, raw=raw)
+    weights = _load(source, mesh, raw)
     config, params = source.config, {**weights.params, **weights.ema}
     if config.phase == "first_stage":
         return pipeline.Trained(config, params, {}, None, 0)
@@ -122,7 +129,7 @@ def import_workdir(source: Source, workdir: str, mesh: Mesh, *, raw: bool = Fals
     place, config = Path(workdir), source.config
     if (place / "checkpoints").exists():
         raise UserError(f"{workdir!r} holds checkpoints already: choose another --workdir")
-    weights = compvis.load(source.tensors, config, mesh, raw=raw)
+    weights = _load(source, mesh, raw)
     _write_original(source, weights, place / ORIGINAL)
     for name, params in weights.frozen.items():
         if params:
@@ -135,6 +142,20 @@ def import_workdir(source: Source, workdir: str, mesh: Mesh, *, raw: bool = Fals
         meta = {"latent_scale": config.latents.scale, "class_names": None}
     _save(workdir, weights.params, weights.ema, meta)
     write_config(workdir, to_json(config))  # last: it says that the rest is there
+
+
+def _load(source: Source, mesh: Mesh, raw: bool) -> compvis.Weights:
+    """The weights; says what the file holds that is neither read nor known to be of no use."""
+    weights = compvis.load(source.tensors, source.config, mesh, raw=raw)
+    read = {compvis.twin(key) for key in compvis.named(weights, source.config)}
+    unknown = [
+        f"{key!r} {list(tensor.shape)}"
+        for key, tensor in source.tensors.items()
+        if compvis.twin(key) not in read and not key.startswith(UNREAD)
+    ]
+    if unknown:
+        print(f"{source.path}: not read: {len(unknown)} tensors, such as {unknown[0]}", flush=True)
+    return weights
 
 
 def _save(place: str, params: Any, ema: Any, meta: dict[str, Any]) -> None:
@@ -185,19 +206,21 @@ def export(workdir: str, target: str, mesh: Mesh, *, dtype: str | None = None) -
 
     A workdir that came from a file gives that file's tensors, in its order and types, with the
     weights as they are now; another one all that a published file of its kind holds. A diffusers
-    folder (a target without suffix) gets the averaged weights, where there are some.
+    folder (a target without suffix, or ending in a slash) gets the averaged weights, if any.
 
     Args:
       workdir: of either phase.
       target: file or folder.
       mesh: to read the weights on.
-      dtype: of all weights, such as "float16"; default: the original's, or float32.
+      dtype: of all weights, one of DTYPES; default: the original's, or float32.
 
     Raises:
       UserError: nothing to export, or a target of another kind.
     """
+    if dtype is not None:
+        choose("dtype", dtype, dict.fromkeys(DTYPES))
     config, weights, step = _weights(workdir, mesh)
-    if not Path(target).suffix:
+    if target.endswith("/") or not Path(target).suffix[1:].isalpha():  # sd-v1.5 is a folder
         from latent_diffusion_jax.convert import diffusers
 
         made = compvis.named(_averaged(weights), config)

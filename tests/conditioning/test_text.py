@@ -1,5 +1,7 @@
 """Tokens, from vocabularies small enough to write down."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -42,6 +44,21 @@ def test_a_vocabulary_of_other_numbers_is_refused(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]))
     with pytest.raises(UserError, match=r"\[CLS\] as 2, the published vocabulary as 101"):
         make_tokenize("text", str(tmp_path), 8)
+
+
+def test_clip_tokens(tmp_path):
+    """From vocab.json and merges.txt; the end token fills up, or what `pad` says."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz"]
+    words = [*letters, *(f"{c}</w>" for c in letters), "do", "dog</w>"]
+    vocab = {word: i for i, word in enumerate(words)}
+    vocab |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nd o\ndo g</w>\n")
+    tokens = make_tokenize("clip", str(tmp_path), 7)(["A Dog", ""])
+    assert tokens[0].tolist() == [49406, vocab["a</w>"], vocab["dog</w>"], *[49407] * 4][:7]
+    assert tokens[1].tolist() == [49406, *[49407] * 6]
+    padded = make_tokenize("clip", str(tmp_path), 5, pad=0)(["dog"])
+    assert padded[0].tolist() == [49406, vocab["dog</w>"], 49407, 0, 0]
 
 
 @pytest.mark.parametrize("kind", ["text", "clip"])

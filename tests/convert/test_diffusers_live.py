@@ -97,7 +97,7 @@ def compare_first_stage(model, theirs):
 
 def compare_unet(model, theirs):
     channels, extra = theirs.config.out_channels, concatenated(model.config)
-    z, more = normal(2, 2, 8, 12, channels), normal(3, 2, 8, 12, extra)
+    z, more = normal(2, 2, 8, 16, channels), normal(3, 2, 8, 16, extra)
     t = np.array([1, 500], np.int32)
     x, inputs = np.concatenate([z, more], axis=-1), {}
     context = None
@@ -131,6 +131,15 @@ def test_same_numbers_both_ways(name, tmp_path):
     assert set(tensors) == set(model.tensors)
     for key, tensor in tensors.items():
         np.testing.assert_array_equal(tensor.read(), model.tensors[key], err_msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["celebahq256", "sd1", "sd2", "text256"])
+def test_same_numbers_at_full_size(name, tmp_path):
+    config = load_config(str(CONFIGS / "diffusion" / f"{name}.py"))
+    model = make_model(config.to_dict())
+    diffusers.export(tmp_path, model.tensors, config)
+    compare(model, components(tmp_path))
 
 
 def torch_shapes(tree, prefix, linear):

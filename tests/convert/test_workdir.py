@@ -126,6 +126,16 @@ def test_a_file_without_averages_is_sampled_as_it_is(ldm, mesh, tmp_path):
     np.testing.assert_array_equal(leaf(trained), bare["model.diffusion_model.time_embed.0.bias"])
 
 
+def test_what_is_not_read_is_named(ldm, mesh, tmp_path, capsys):
+    tensors = {**ldm[1], "loss.x": np.ones(2, np.float32)}
+    write_tensors(tmp_path / "known.ckpt", tensors)
+    load_trained(open_source(str(tmp_path / "known.ckpt"), LDM, []), mesh)
+    assert "not read" not in capsys.readouterr().out
+    write_tensors(tmp_path / "more.ckpt", {**tensors, "control.hint": np.ones((2, 3), np.float32)})
+    load_trained(open_source(str(tmp_path / "more.ckpt"), LDM, []), mesh)
+    assert "not read: 1 tensors, such as 'control.hint' [2, 3]" in capsys.readouterr().out
+
+
 def test_the_files_own_scale_is_taken(ldm, mesh):
     source = open_source(ldm[0], LDM, [])
     assert source.config.latents.scale == 0.5
@@ -291,3 +301,5 @@ def test_a_target_of_another_kind_is_refused(ldm, mesh, tmp_path):
     import_workdir(open_source(ldm[0], LDM, []), work, mesh)
     with pytest.raises(UserError, match=r"'.*out.npz': its suffix must be one of"):
         export(work, str(tmp_path / "out.npz"), mesh)
+    with pytest.raises(UserError, match="unknown dtype 'float17'; did you mean"):
+        export(work, str(tmp_path / "out.ckpt"), mesh, dtype="float17")
