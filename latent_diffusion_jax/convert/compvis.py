@@ -108,8 +108,14 @@ def read_tree(
             f" {missing[0]!r}"
         )
     shardings = jax.tree.leaves(state_shardings(tree, mesh))
+
+    def fill(key: str, kind: str, leaf: Any, sharding: Any) -> jax.Array:
+        array = from_torch(key, tensors[key], kind, leaf.shape)
+        # transfers run behind: not waited for, they would hold many arrays twice
+        return jax.block_until_ready(jax.device_put(array, sharding))
+
     filled = [
-        jax.device_put(from_torch(name(key), tensors[name(key)], kind, leaf.shape), sharding)
+        fill(name(key), kind, leaf, sharding)
         for (key, kind, leaf), sharding in zip(leaves(tree, prefix), shardings, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(tree), filled)
