@@ -88,7 +88,7 @@ def test_a_misspelt_key_names_itself_the_nearest_and_the_choices(spec, make, sec
         (FIRST_STAGE, build.objective, {"phase": "difusion"}, "did you mean 'diffusion'"),
         (FIRST_STAGE, lambda c: build.source(c, "train"), {"data__source__name": "s"}, "shapes"),
         (FIRST_STAGE, build.first_stage, {"first_stage__num_groups": 3}, "num_groups = 3"),
-        (DIFFUSION, build.unet, {"unet__num_groups": 7}, "64 channels .*unet.num_groups = 7"),
+        (DIFFUSION, build.unet, {"unet__num_groups": 7}, "8 channels .*unet.num_groups = 7"),
         (DIFFUSION, build.conditioner, {"conditioning__kind": "labels"}, "one of clip, embeddings"),
         (DIFFUSION, build.conditioner, {"conditioning__kind": "none"}, "'dim'; there are none"),
         (DIFFUSION, build.latents, {"latents__source": "cached"}, "did you mean 'cache'"),
