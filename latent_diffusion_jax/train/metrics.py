@@ -16,7 +16,6 @@ import numpy as np
 from clu.metrics import Average
 from etils import epath
 from PIL import Image
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 
@@ -59,7 +58,7 @@ class Writer:
     def __init__(self, workdir: str):
         self._workdir = epath.Path(workdir)
         self._jsonl = self._workdir / "metrics.jsonl"
-        self._board: SummaryWriter | None = None
+        self._board: Any = None
 
     def start(self, step: int) -> None:
         """Goes on from `step`: what an interrupted run logged beyond it is dropped."""
@@ -75,6 +74,8 @@ class Writer:
                 temporary.replace(self._jsonl)
         board = str(self._workdir / "tensorboard")
         # Files are named by the second: the suffix keeps a quick restart off its predecessor's.
+        from tensorboardX import SummaryWriter  # imports torch, where it is installed
+
         self._board = SummaryWriter(board, purge_step=step + 1, filename_suffix=f".from{step}")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
