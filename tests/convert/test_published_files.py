@@ -6,15 +6,16 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from latent_diffusion_jax.config import load_config
 from latent_diffusion_jax.convert import compvis
 from latent_diffusion_jax.convert.files import Tensor, open_tensors, write_tensors
 from latent_diffusion_jax.convert.recognise import recognise
 from latent_diffusion_jax.convert.workdir import export, import_workdir, open_source
-from latent_diffusion_jax.train.sharding import make_mesh
 from tests.published import GOLDEN, value
 
 KEYS = json.loads(lzma.decompress((GOLDEN / "keys.json.xz").read_bytes()))
@@ -83,7 +84,8 @@ def test_in_and_out_bit_for_bit(name, tmp_path):
     more = [] if "scale_factor" in theirs else ["--config.latents.scale=1.0"]
     if config_of(name).startswith("configs/first_stage"):
         more = []
-    mesh = make_mesh(fsdp=8)  # of the fake devices, each of which else holds a copy
+    # one of the fake devices: each would hold a copy
+    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), (AxisType.Auto,) * 2, devices=jax.devices()[:1])
     import_workdir(open_source(path, config_of(name), more), work, mesh)
     export(work, out, mesh)
     before, after = open_tensors(path), open_tensors(out)
