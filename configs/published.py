@@ -66,6 +66,15 @@ def clip(dim, depth, num_heads, activation, **changes):
     return {**section, **changes}
 
 
+def inpainting(text):
+    """Stable Diffusion's condition for inpainting: its text, and the masked image beside z_t."""
+    return dict(
+        kind="several",
+        text=text,
+        inpainting=dict(kind="inpainting", mask="stable_diffusion"),
+    )
+
+
 def layout(num_classes, depth):
     """The paper's transformer on 30 boxes and the crop."""
     return dict(

@@ -353,15 +353,12 @@ def convert(args) -> None:
     print(f"{args.origin} in {args.workdir}: sample from it, or train on it")
 
 
-ASKED = ("labels", "prompt", "layout", "segmentation", "image", "mask", "embeddings")
-
-
 def sample(args) -> None:
     """Writes PNGs, a grid of them, and `samples.json` with what was asked for."""
     import numpy as np
 
     from latent_diffusion_jax import pipeline
-    from latent_diffusion_jax.inputs import read_inputs
+    from latent_diffusion_jax.inputs import OPTIONS, read_inputs
 
     trained, mesh = _trained(args, "diffusion")
     options = dict(trained.config.sample)
@@ -373,7 +370,7 @@ def sample(args) -> None:
     if args.eta is not None:
         options["options"] = {"eta": args.eta}
 
-    wanted = {option: getattr(args, option) for option in ASKED}
+    wanted = {option: getattr(args, option) for option in OPTIONS}
     inputs, implied = read_inputs(trained.config, wanted, trained.class_names)
     if args.size and implied and args.size != implied:
         raise UserError(f"--size={args.size}: the image given makes {implied[0]}x{implied[1]}")

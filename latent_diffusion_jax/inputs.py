@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -12,11 +12,9 @@ from PIL import Image
 from latent_diffusion_jax.conditioning.label import parse_labels
 from latent_diffusion_jax.conditioning.layout import Object, layout_tokens
 from latent_diffusion_jax.conditioning.text import make_tokenize
+from latent_diffusion_jax.data.folder import SUFFIXES
 from latent_diffusion_jax.data.transforms import read_rgb, to_float
 from latent_diffusion_jax.errors import UserError
-
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-Rows = dict[str, Sequence[np.ndarray]]
 
 
 def read_inputs(
@@ -26,8 +24,7 @@ def read_inputs(
 
     Args:
       config: of phase 2.
-      asked: option -> its text; None where it was not given. Options: labels, prompt, layout,
-        image, mask, segmentation, embeddings.
+      asked: option -> its text; None where it was not given. Of OPTIONS.
       class_names: names that labels may be given by.
 
     Returns:
@@ -38,8 +35,8 @@ def read_inputs(
       UserError: an option that the model has no use for, or one that it needs and did not get; a
         file that cannot be read, or images of several sizes.
     """
-    parts = _parts(config)
-    takes = {option for kind in parts for option in OPTIONS.get(kind, ())}
+    parts = {kind: part for kind, part in _parts(config).items() if kind in READERS}
+    takes = {option for kind in parts for option in READERS[kind].options}
     for option, text in asked.items():
         if text is not None and option not in takes:
             has = (
@@ -49,10 +46,9 @@ def read_inputs(
     inputs: dict[str, np.ndarray] = {}
     size: tuple[int, int] | None = None
     for kind, section in parts.items():
-        if kind in READERS:
-            found, size_of = READERS[kind](config, section, asked, class_names)
-            inputs |= found
-            size = size_of or size
+        found, implied = READERS[kind].read(config, section, asked, class_names)
+        inputs |= found
+        size = implied or size
     return _aligned(inputs), size
 
 
@@ -100,8 +96,9 @@ def _layout(config, section, asked, class_names):
             'this model needs --layout=FILE.json: a list of {"class": 3, "box": [x0, y0, x1, y1]},'
             " or a list of such lists; boxes in 0..1"
         )
+    text = _read(Path(path))
     try:
-        layouts = json.loads(_read(Path(path)))
+        layouts = json.loads(text)
         layouts = layouts if layouts and isinstance(layouts[0], list) else [layouts]
         objects = [
             [Object(int(thing["class"]), tuple(map(float, thing["box"]))) for thing in each]  # type: ignore[arg-type]
@@ -169,26 +166,24 @@ def _embeddings(config, section, asked, class_names):
     return {"embeddings": array.astype(np.float32)}, None
 
 
-READERS: dict[str, Callable[..., Any]] = {
-    "label": _label,
-    "text": _prompt,
-    "clip": _prompt,
-    "layout": _layout,
-    "lowres": _lowres,
-    "segmentation": _segmentation,
-    "inpainting": _inpainting,
-    "embeddings": _embeddings,
+class Reader(NamedTuple):
+    """How a kind of condition is given: the options, and what makes inputs of them."""
+
+    options: tuple[str, ...]
+    read: Callable[..., tuple[dict[str, np.ndarray], tuple[int, int] | None]]
+
+
+READERS = {
+    "label": Reader(("labels",), _label),
+    "text": Reader(("prompt",), _prompt),
+    "clip": Reader(("prompt",), _prompt),
+    "layout": Reader(("layout",), _layout),
+    "lowres": Reader(("image",), _lowres),
+    "segmentation": Reader(("segmentation",), _segmentation),
+    "inpainting": Reader(("image", "mask"), _inpainting),
+    "embeddings": Reader(("embeddings",), _embeddings),
 }
-OPTIONS = {
-    "label": ("labels",),
-    "text": ("prompt",),
-    "clip": ("prompt",),
-    "layout": ("layout",),
-    "lowres": ("image",),
-    "segmentation": ("segmentation",),
-    "inpainting": ("image", "mask"),
-    "embeddings": ("embeddings",),
-}
+OPTIONS = tuple(dict.fromkeys(o for reader in READERS.values() for o in reader.options))
 
 
 def _read(path: Path) -> str:
@@ -203,7 +198,7 @@ def _paths(text: str | None, needs: str) -> list[Path]:
         raise UserError(f"this model needs {needs}")
     path = Path(text)
     if path.is_dir():
-        paths = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGES)
+        paths = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
         if not paths:
             raise UserError(f"no images in {text!r}")
         return paths

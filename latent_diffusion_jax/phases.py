@@ -23,7 +23,7 @@ from latent_diffusion_jax.config import stored_config, to_json
 from latent_diffusion_jax.data.latents import Latents, write_latents
 from latent_diffusion_jax.data.loader import make_loader
 from latent_diffusion_jax.errors import UserError, choose, differences
-from latent_diffusion_jax.train.checkpoint import Checkpointer, write_config
+from latent_diffusion_jax.train.checkpoint import write_config, write_weights
 from latent_diffusion_jax.train.checksum import checksums
 from latent_diffusion_jax.train.metrics import Progress, average
 from latent_diffusion_jax.train.objective import Objective
@@ -212,9 +212,7 @@ def _copy_frozen(config: ConfigDict, name: str, copy: str, mesh: Mesh) -> None:
             place = origin
     except UserError as error:
         raise UserError(f"config.run.{name}: {error}") from error
-    checkpointer = Checkpointer(copy)  # whole or absent, as every checkpoint
-    checkpointer.save_weights(0, params, {}, {})
-    checkpointer.close()
+    write_weights(copy, params, {}, {})
     print(f"{name}: {copy}, copied from {place}", flush=True)
 
 

@@ -19,11 +19,7 @@ def get_config(arg=""):
     return published.stable_diffusion(
         arg,
         first_stage=kl_f8.NETWORK,
-        conditioning=dict(
-            kind="several",
-            text=sd1.CONDITIONING,
-            inpainting=dict(kind="inpainting", mask="stable_diffusion"),
-        ),
+        conditioning=published.inpainting(sd1.CONDITIONING),
         unet=sd1.UNET,
         optim=sections.adamw(7.5e-5, schedule=sections.warm_up(2_500)),
         train=sections.train(2048),

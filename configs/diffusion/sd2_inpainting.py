@@ -19,11 +19,7 @@ def get_config(arg=""):
     return published.stable_diffusion(
         arg,
         first_stage=kl_f8.NETWORK,
-        conditioning=dict(
-            kind="several",
-            text=sd2_base.CONDITIONING,
-            inpainting=dict(kind="inpainting", mask="stable_diffusion"),
-        ),
+        conditioning=published.inpainting(sd2_base.CONDITIONING),
         unet=sd2_base.UNET,
         optim=sections.adamw(5e-5),
         sample=sections.sample(scale=9.0),

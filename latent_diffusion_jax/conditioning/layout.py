@@ -53,10 +53,7 @@ def layout(
     length = 3 * max_objects + 2 * encode_crop
     network = TextTransformer(vocab_size, length, dim, depth, num_heads, head_dim, dtype)
     null = layout_tokens([], vocab_size=vocab_size, max_objects=max_objects, num_classes=1)
-    null = null[:length]
-    return token_conditioner(
-        network, length, lambda tokens: jnp.broadcast_to(null, tokens.shape), frozen=False
-    )
+    return token_conditioner(network, null[:length], frozen=False)
 
 
 def corner_token(x: float, y: float, vocab_size: int) -> int:

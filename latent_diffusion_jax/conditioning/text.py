@@ -38,7 +38,7 @@ def text(
     The padding is not masked, as published. The null condition is the empty caption.
     """
     network = TextTransformer(vocab_size, max_length, dim, depth, num_heads, head_dim, dtype)
-    return _encoder(network, max_length, empty_tokens(BERT_EMPTY, 0, max_length), frozen=False)
+    return token_conditioner(network, empty_tokens(BERT_EMPTY, 0, max_length), frozen=False)
 
 
 def clip(
@@ -57,7 +57,7 @@ def clip(
     `pad` fills up after the end token: the end token itself (Stable Diffusion 1) or 0 (2).
     """
     network = ClipText(vocab_size, max_length, dim, depth, num_heads, activation, dtype)
-    return _encoder(network, max_length, empty_tokens(CLIP_EMPTY, pad, max_length), frozen=True)
+    return token_conditioner(network, empty_tokens(CLIP_EMPTY, pad, max_length), frozen=True)
 
 
 def empty_tokens(empty: Sequence[int], pad: int, max_length: int) -> np.ndarray:
@@ -65,18 +65,12 @@ def empty_tokens(empty: Sequence[int], pad: int, max_length: int) -> np.ndarray:
     return np.asarray([*empty, *[pad] * (max_length - len(empty))], np.int32)
 
 
-def _encoder(
-    network: nn.Module, max_length: int, null_tokens: np.ndarray, frozen: bool
-) -> Conditioner:
-    return token_conditioner(
-        network, max_length, lambda tokens: jnp.broadcast_to(null_tokens, tokens.shape), frozen
-    )
+def token_conditioner(network: nn.Module, null_tokens: np.ndarray, frozen: bool) -> Conditioner:
+    """A conditioner whose context is a network's result on `tokens` int32 [B, length].
 
-
-def token_conditioner(
-    network: nn.Module, length: int, null: Callable[[jax.Array], jax.Array], frozen: bool
-) -> Conditioner:
-    """A conditioner whose context is a network's result on `tokens` int32 [B, length]."""
+    null_tokens: int32 [length], those that mean "no condition".
+    """
+    length = len(null_tokens)
 
     def init(key):
         return {"transformer": network.init(key, jnp.zeros((1, length), jnp.int32))["params"]}
@@ -89,7 +83,10 @@ def token_conditioner(
     def inputs(height, width):
         return {"tokens": jax.ShapeDtypeStruct((length,), jnp.int32)}
 
-    return Conditioner(init, apply, lambda x: {"tokens": null(x["tokens"])}, inputs, frozen)
+    def null(inputs):
+        return {"tokens": jnp.broadcast_to(null_tokens, inputs["tokens"].shape)}
+
+    return Conditioner(init, apply, null, inputs, frozen)
 
 
 def make_tokenize(kind: str, tokenizer: str, max_length: int, pad: int | None = None) -> Tokenize:

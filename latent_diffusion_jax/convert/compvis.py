@@ -18,15 +18,11 @@ from ml_collections import ConfigDict
 from latent_diffusion_jax import build
 from latent_diffusion_jax.config import read_config
 from latent_diffusion_jax.convert.files import Tensor
+from latent_diffusion_jax.convert.pairs import CONDITIONING, FIRST_STAGE, UNET, Make
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.train.sharding import state_shardings
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-UNET, FIRST_STAGE, CONDITIONING = (
-    "model.diffusion_model.",
-    "first_stage_model.",
-    "cond_stage_model.",
-)
 EMA = "model_ema."
 BUFFERS = (
     "betas",
@@ -43,7 +39,6 @@ BUFFERS = (
     "posterior_mean_coef2",
 )
 POINTWISE = ("skip_connection", "nin_shortcut", "quant_conv", "post_quant_conv", "channel_mapper")
-Make = Callable[[], np.ndarray]
 
 
 class Weights(NamedTuple):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from latent_diffusion_jax.convert.files import Tensor
 from latent_diffusion_jax.convert.pairs import (
+    CONDITIONING,
     Make,
     Pair,
     array_of,
@@ -21,8 +22,8 @@ from latent_diffusion_jax.convert.pairs import (
 )
 from latent_diffusion_jax.errors import UserError
 
-OPENCLIP = "cond_stage_model.model."
-HF = "cond_stage_model.transformer.text_model."
+OPENCLIP = f"{CONDITIONING}model."
+HF = f"{CONDITIONING}transformer.text_model."
 BLOCK = re.compile(re.escape(OPENCLIP) + r"transformer\.resblocks\.(\d+)\.")
 HF_BLOCK = re.compile(re.escape(HF) + r"encoder\.layers\.(\d+)\.")
 

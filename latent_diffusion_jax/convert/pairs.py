@@ -13,6 +13,10 @@ import numpy as np
 from latent_diffusion_jax.convert.files import Tensor
 from latent_diffusion_jax.errors import UserError
 
+# what the keys of a CompVis checkpoint begin with, by network
+UNET = "model.diffusion_model."
+FIRST_STAGE = "first_stage_model."
+CONDITIONING = "cond_stage_model."
 Make = Callable[[], np.ndarray]
 Tensors = Mapping[str, np.ndarray | Make]
 

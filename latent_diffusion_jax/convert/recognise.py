@@ -89,22 +89,22 @@ def _outline(config: ConfigDict) -> tuple[Any, ...]:
 def _outline_of(tensors: Tensors, config: ConfigDict) -> tuple[Any, ...]:
     prefix = "" if config.phase == "first_stage" else compvis.FIRST_STAGE
 
-    def size(key: str, axis: int) -> int | None:
-        return tensors[key].shape[axis] if key in tensors and tensors[key].shape else None
+    def size(key: str) -> int | None:
+        return tensors[key].shape[0] if key in tensors and tensors[key].shape else None
 
-    levels = {key.split(".")[2] for key in tensors if key.startswith(f"{prefix}encoder.down.")}
-    if prefix:
-        levels = {key.split(".")[3] for key in tensors if key.startswith(f"{prefix}encoder.down.")}
+    def count(place: str) -> int:
+        """How many numbers follow the place in keys."""
+        keys = (key for key in tensors if key.startswith(place))
+        return len({key.removeprefix(place).split(".")[0] for key in keys})
+
     outline = (
-        size(f"{prefix}quantize.embedding.weight", 0),
-        size(f"{prefix}encoder.conv_in.weight", 0),
-        len(levels),
+        size(f"{prefix}quantize.embedding.weight"),
+        size(f"{prefix}encoder.conv_in.weight"),
+        count(f"{prefix}encoder.down."),
     )
     if config.phase == "first_stage":
         return outline
-    place = compvis.UNET
-    channels = size(f"{place}input_blocks.0.0.weight", 0)
-    blocks = {k.removeprefix(place).split(".")[1] for k in tensors if k.startswith(f"{place}input")}
-    deepest = size(f"{place}middle_block.0.in_layers.0.weight", 0)
-    per_level = config.unet.num_res_blocks + 1
-    return (*outline, channels, len(blocks) // per_level, (deepest or 0) // (channels or 1))
+    channels = size(f"{compvis.UNET}input_blocks.0.0.weight")
+    deepest = size(f"{compvis.UNET}middle_block.0.in_layers.0.weight")
+    levels = count(f"{compvis.UNET}input_blocks.") // (config.unet.num_res_blocks + 1)
+    return (*outline, channels, levels, (deepest or 0) // (channels or 1))

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +17,13 @@ from latent_diffusion_jax.convert import compvis, openclip
 from latent_diffusion_jax.convert.files import Tensor, open_tensors, write_tensors
 from latent_diffusion_jax.convert.recognise import CONFIGS, recognise
 from latent_diffusion_jax.errors import UserError, choose
-from latent_diffusion_jax.train.checkpoint import Checkpointer, write_config
+from latent_diffusion_jax.train.checkpoint import write_config, write_weights
 
 UNREAD = (  # beginnings of keys that published files have beyond the networks
     "loss.",
     compvis.EMA,
     f"{compvis.CONDITIONING}transformer.text_model.embeddings.position_ids",
-    f"{compvis.CONDITIONING}model.",  # of OpenCLIP, what Stable Diffusion 2 does not use
+    openclip.OPENCLIP,  # of OpenCLIP, what Stable Diffusion 2 does not use
 )
 NETWORKS = {"first_stage", "conditioning", "unet"}
 DTYPES = ("float32", "float16", "bfloat16")
@@ -133,14 +133,14 @@ def import_workdir(source: Source, workdir: str, mesh: Mesh, *, raw: bool = Fals
     _write_original(source, weights, place / ORIGINAL)
     for name, params in weights.frozen.items():
         if params:
-            _save(str(place / name), {pipeline.FROZEN[name]: params}, {}, {})
+            write_weights(str(place / name), {pipeline.FROZEN[name]: params}, {}, {})
     if "tokenizer" in config.data and Path(config.data.tokenizer).is_dir():
         shutil.copytree(config.data.tokenizer, place / "tokenizer", dirs_exist_ok=True)
         config.data.tokenizer = str(place / "tokenizer")
     meta: dict[str, Any] = {}
     if config.phase == "diffusion":
         meta = {"latent_scale": config.latents.scale, "class_names": None}
-    _save(workdir, weights.params, weights.ema, meta)
+    write_weights(workdir, weights.params, weights.ema, meta)
     write_config(workdir, to_json(config))  # last: it says that the rest is there
 
 
@@ -156,12 +156,6 @@ def _load(source: Source, mesh: Mesh, raw: bool) -> compvis.Weights:
     if unknown:
         print(f"{source.path}: not read: {len(unknown)} tensors, such as {unknown[0]}", flush=True)
     return weights
-
-
-def _save(place: str, params: Any, ema: Any, meta: dict[str, Any]) -> None:
-    checkpointer = Checkpointer(place)
-    checkpointer.save_weights(0, params, ema, meta)
-    checkpointer.close()
 
 
 def _write_original(source: Source, weights: compvis.Weights, place: Path) -> None:
@@ -189,7 +183,7 @@ def _named(
 def _is_made(
     key: str,
     tensor: Tensor,
-    made: Mapping[str, Callable[[], np.ndarray]],
+    made: Mapping[str, compvis.Make],
     tensors: Mapping[str, Tensor],
 ) -> bool:
     """Whether an export gives this tensor bit for bit without the file it came from."""

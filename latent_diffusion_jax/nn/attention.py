@@ -9,16 +9,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion_jax.nn.layers import dense, group_norm, zeros
+from latent_diffusion_jax.nn.layers import dense, group_norm, layer_norm, zeros
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, num_heads: int) -> jax.Array:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, num_heads: int, is_causal: bool = False
+) -> jax.Array:
     """softmax(q k^T / sqrt(width)) v over heads; q [B, n, heads * width], k and v [B, m, ...]."""
 
     def split(x):
         return x.reshape(*x.shape[:2], num_heads, -1)
 
-    out = jax.nn.dot_product_attention(split(q), split(k), split(v))
+    out = jax.nn.dot_product_attention(split(q), split(k), split(v), is_causal=is_causal)
     return out.reshape(q.shape)
 
 
@@ -86,7 +88,7 @@ class TransformerBlock(nn.Module):
         """x [B, n, c], context [B, m, d] -> [B, n, c]."""
 
         def norm(name):
-            return nn.LayerNorm(1e-5, dtype=self.dtype, use_fast_variance=False, name=name)
+            return layer_norm(name, dtype=self.dtype)
 
         def attention(name):
             return CrossAttention(self.num_heads, self.head_dim, self.dtype, name=name)

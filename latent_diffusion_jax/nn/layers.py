@@ -49,6 +49,11 @@ def group_norm(name: str, *, num_groups: int, epsilon: float, dtype: Any) -> nn.
     )
 
 
+def layer_norm(name: str, *, dtype: Any) -> nn.LayerNorm:
+    """LayerNorm over the last axis, with torch's epsilon and float32 statistics."""
+    return nn.LayerNorm(1e-5, dtype=dtype, use_fast_variance=False, name=name)
+
+
 def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:
     """Sinusoids [B, dim] of the integer times t [B]: cosines first, then sines, in float32."""
     half = dim // 2

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from latent_diffusion_jax.errors import choose
-from latent_diffusion_jax.nn.layers import dense
+from latent_diffusion_jax.nn.attention import attend
+from latent_diffusion_jax.nn.layers import dense, layer_norm
 
 
 def _quick_gelu(x):
@@ -28,14 +29,6 @@ ACTIVATIONS = {
 def _embed(size: int, dim: int, name: str, dtype: Any) -> nn.Embed:
     init = nn.initializers.normal(0.02)
     return nn.Embed(size, dim, dtype=dtype, embedding_init=init, name=name)
-
-
-def _layer_norm(name: str, dtype: Any) -> nn.LayerNorm:
-    return nn.LayerNorm(1e-5, dtype=dtype, use_fast_variance=False, name=name)
-
-
-def _heads(x: jax.Array, num_heads: int) -> jax.Array:
-    return x.reshape(*x.shape[:2], num_heads, -1)
 
 
 class TextTransformer(nn.Module):
@@ -67,26 +60,23 @@ class TextTransformer(nn.Module):
         for block in range(self.depth):
             x = x + self._attention(x, f"attn_layers.layers.{2 * block}")
             x = x + self._mlp(x, f"attn_layers.layers.{2 * block + 1}")
-        x = _layer_norm("norm", self.dtype)(x)
+        x = layer_norm("norm", dtype=self.dtype)(x)
         if self.is_initializing():
             dense(self.vocab_size, "to_logits", dtype=self.dtype)(x)
         return x.astype(jnp.float32)
 
     def _attention(self, x, name):
-        y = _layer_norm(f"{name}.0", self.dtype)(x)
+        y = layer_norm(f"{name}.0", dtype=self.dtype)(x)
         inner = self.num_heads * self.head_dim
         q, k, v = (
-            _heads(
-                dense(inner, f"{name}.1.to_{which}", use_bias=False, dtype=self.dtype)(y),
-                self.num_heads,
-            )
+            dense(inner, f"{name}.1.to_{which}", use_bias=False, dtype=self.dtype)(y)
             for which in "qkv"
         )
-        y = jax.nn.dot_product_attention(q, k, v).reshape(*x.shape[:2], inner)
+        y = attend(q, k, v, self.num_heads)
         return dense(self.dim, f"{name}.1.to_out", dtype=self.dtype)(y)
 
     def _mlp(self, x, name):
-        y = _layer_norm(f"{name}.0", self.dtype)(x)
+        y = layer_norm(f"{name}.0", dtype=self.dtype)(x)
         y = dense(4 * self.dim, f"{name}.1.net.0.0", dtype=self.dtype)(y)
         return dense(self.dim, f"{name}.1.net.2", dtype=self.dtype)(ACTIVATIONS["gelu"](y))
 
@@ -120,19 +110,16 @@ class ClipText(nn.Module):
         )
         for layer in range(self.depth):
             name = f"text_model.encoder.layers.{layer}"
-            x = x + self._attention(_layer_norm(f"{name}.layer_norm1", self.dtype)(x), name)
-            x = x + self._mlp(_layer_norm(f"{name}.layer_norm2", self.dtype)(x), name)
-        return _layer_norm("text_model.final_layer_norm", self.dtype)(x).astype(jnp.float32)
+            x = x + self._attention(layer_norm(f"{name}.layer_norm1", dtype=self.dtype)(x), name)
+            x = x + self._mlp(layer_norm(f"{name}.layer_norm2", dtype=self.dtype)(x), name)
+        return layer_norm("text_model.final_layer_norm", dtype=self.dtype)(x).astype(jnp.float32)
 
     def _attention(self, x, name):
         q, k, v = (
-            _heads(
-                dense(self.dim, f"{name}.self_attn.{which}_proj", dtype=self.dtype)(x),
-                self.num_heads,
-            )
+            dense(self.dim, f"{name}.self_attn.{which}_proj", dtype=self.dtype)(x)
             for which in "qkv"
         )
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
+        y = attend(q, k, v, self.num_heads, is_causal=True)
         return dense(self.dim, f"{name}.self_attn.out_proj", dtype=self.dtype)(y)
 
     def _mlp(self, x, name):

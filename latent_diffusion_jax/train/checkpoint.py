@@ -264,6 +264,12 @@ def _everywhere(ok: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(ok)).all())
 
 
+def write_weights(workdir: str, params: Params, ema: Params, meta: Mapping[str, Any]) -> None:
+    """Writes step 0 of a workdir, of weights alone: whole or absent, as every checkpoint."""
+    with contextlib.closing(Checkpointer(workdir)) as checkpointer:
+        checkpointer.save_weights(0, params, ema, meta)
+
+
 def check_config(workdir: str, config_json: str) -> None:
     """Refuses a workdir of another config; sections `run` and `published` may change.
 

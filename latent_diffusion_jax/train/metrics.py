@@ -72,10 +72,10 @@ class Writer:
                 temporary = self._jsonl.with_name("metrics.jsonl.tmp")
                 temporary.write_text(kept)
                 temporary.replace(self._jsonl)
-        board = str(self._workdir / "tensorboard")
-        # Files are named by the second: the suffix keeps a quick restart off its predecessor's.
         from tensorboardX import SummaryWriter  # imports torch, where it is installed
 
+        board = str(self._workdir / "tensorboard")
+        # Files are named by the second: the suffix keeps a quick restart off its predecessor's.
         self._board = SummaryWriter(board, purge_step=step + 1, filename_suffix=f".from{step}")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from latent_diffusion_jax.convert.diffusers.config import Config, check, listed, number
-from latent_diffusion_jax.convert.pairs import Pair, layer, matrix
+from latent_diffusion_jax.convert.pairs import FIRST_STAGE, Pair, layer, matrix
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.first_stage.autoencoder import Autoencoder
 
 KL, VQ = "AutoencoderKL", "VQModel"
-PREFIX = "first_stage_model."
+PREFIX = FIRST_STAGE
 
 # What every first stage here is, in diffusers' words; its own defaults too.
 SAME = dict(act_fn="silu")

@@ -18,10 +18,9 @@ from latent_diffusion_jax.convert.diffusers import (
 from latent_diffusion_jax.convert.diffusers.config import Config, read_json
 from latent_diffusion_jax.convert.diffusers.folder import open_weights
 from latent_diffusion_jax.convert.files import Tensor
-from latent_diffusion_jax.convert.pairs import incoming
+from latent_diffusion_jax.convert.pairs import CONDITIONING, incoming
 from latent_diffusion_jax.errors import UserError, choose
 
-CONDITIONING = "cond_stage_model."
 Tensors = dict[str, Tensor]
 Part = tuple[Tensors, Config]
 

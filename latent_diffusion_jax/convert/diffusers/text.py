@@ -5,12 +5,12 @@ from typing import Any
 
 from latent_diffusion_jax.conditioning.text import CLIP_EMPTY
 from latent_diffusion_jax.convert.diffusers.config import Config, check, number
-from latent_diffusion_jax.convert.pairs import Pair, layer
+from latent_diffusion_jax.convert.pairs import CONDITIONING, Pair, layer
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.nn.transformer import ACTIVATIONS, ClipText, TextTransformer
 
 CLIP, BERT = "CLIPTextModel", "LDMBertModel"
-PREFIX = "cond_stage_model.transformer."
+PREFIX = f"{CONDITIONING}transformer."
 
 # transformers' own padding token, in the published folders too, where nothing pads with it
 UNSET_PAD = 1

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-from latent_diffusion_jax.convert.pairs import Pair, fused, layer, matrix
+from latent_diffusion_jax.convert.pairs import UNET, Pair, fused, layer, matrix
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.nn.unet import UNet
 
-PREFIX = "model.diffusion_model."
+PREFIX = UNET
 TRANSFORMER_BLOCK = {  # layer, alike in both -> whether it has a bias
     **{f"attn{n}.to_{which}": False for n in (1, 2) for which in "qkv"},
     **dict.fromkeys(("attn1.to_out.0", "attn2.to_out.0", "norm1", "norm2", "norm3"), True),

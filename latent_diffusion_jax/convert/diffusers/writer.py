@@ -29,7 +29,7 @@ from latent_diffusion_jax.convert.diffusers.folder import (
     write_component,
 )
 from latent_diffusion_jax.convert.diffusers.layouts import Layout
-from latent_diffusion_jax.convert.pairs import Tensors, array_of, outgoing
+from latent_diffusion_jax.convert.pairs import CONDITIONING, Tensors, array_of, outgoing
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.first_stage.autoencoder import Autoencoder
 from latent_diffusion_jax.nn.transformer import ClipText, TextTransformer
@@ -40,7 +40,6 @@ SECTIONS = {
     "first_stage": ("first_stage",),
     "diffusion": ("first_stage", "unet", "conditioning", "diffusion", "latents", "sample"),
 }
-CONDITIONING = "cond_stage_model."
 TOKENIZER_FILES = (
     *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json"),
