@@ -87,17 +87,26 @@ def layout(num_classes, depth):
     )
 
 
-def first_stage(arg, *, network, lr, batch_size, steps, published):
-    """A first stage as published, the perceptual and adversarial terms of its loss apart.
+def first_stage(arg, *, network, lr, batch_size, steps, disc_start, published, **changes):
+    """A first stage as published; `changes` are of its discriminator.
 
     The model zoo's were trained on OpenImages (shorter side 384, crops of 256), with this batch and
     this rate per device; on how many is not published. The original's recipes for ImageNet
-    (`configs/autoencoder`) take batches of 12, twice accumulated, at 1.08e-4.
+    (`configs/autoencoder`) take batches of 12, twice accumulated, at 1.08e-4. Without the files of
+    LPIPS: --config.loss.perceptual_weight=0.
     """
     losses = dict(
-        kl=dict(pixel="l1", kl_weight=1e-6),
-        vq=dict(pixel="l1", codebook_weight=1.0, beta=0.25, legacy=True),
+        kl=dict(pixel="l1", perceptual_weight=1.0, kl_weight=1e-6),
+        vq=dict(
+            pixel="l1",
+            perceptual_weight=1.0,
+            codebook_weight=1.0,
+            beta=0.25,
+            legacy=True,
+            restart_after=0,
+        ),
     )
+    weight = dict(kl=0.5, vq=0.75)[network["kind"]]
     return sections.make(
         arg,
         {"tiny": tiny},
@@ -105,6 +114,7 @@ def first_stage(arg, *, network, lr, batch_size, steps, published):
         data=sections.folder(256, flip=False),
         first_stage=network,
         loss=losses[network["kind"]],
+        discriminator=sections.discriminator(lr, disc_start, **{"weight": weight, **changes}),
         optim=sections.adam(lr),
         train=sections.train(batch_size, ema_decay=0.0, ema_networks=()),
         run=sections.run(steps=steps),
@@ -149,6 +159,9 @@ SMALL = {
 }
 
 
+SMALL_DISCRIMINATOR = dict(channels=8, num_layers=2, start=2)
+
+
 def tiny(config):
     """Changes that make any published config small, with all of its parts but the UNet's levels."""
     changes = {**sections.TINY_RUN, "train.batch_size": 8, "train.accumulate": 1}
@@ -157,6 +170,9 @@ def tiny(config):
         levels = len(config.first_stage.channel_mult)
         factor *= 2 ** (levels - 1)
         changes |= _few_channels("first_stage", levels, channels=8, num_groups=2)
+    if config.phase == "first_stage":
+        changes |= {f"discriminator.{key}": v for key, v in SMALL_DISCRIMINATOR.items()}
+        changes["loss.perceptual_weight"] = 0.0  # it would take the files of LPIPS
     if config.phase == "diffusion":
         factor *= 2
         heads = dict(num_heads=2) if "num_heads" in config.unet else dict(num_head_channels=4)

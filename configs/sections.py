@@ -1,9 +1,9 @@
 """Pieces that several configs share. A config is a dict of literals; its docstring documents it.
 
 Sections: `phase`, `seed`, `dtype` (of the computation); `data`; the networks (`first_stage`,
-`conditioning`, `unet`); the loss (`loss` | `diffusion`, `latents`); `optim`, `train`, `mesh`;
-`sample` (previews, and the defaults of the verb); and `run`: how long, how often and from where,
-which may change when a run is resumed.
+`discriminator`, `conditioning`, `unet`); the loss (`loss` | `diffusion`, `latents`); `optim`,
+`train`, `mesh`; `sample` (previews, and the defaults of the verb); and `run`: how long, how often
+and from where, which may change when a run is resumed.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -79,6 +79,25 @@ def warm_up(steps):
     )
 
 
+NO_DISCRIMINATOR = dict(kind="none")
+
+
+def discriminator(lr, start, weight, **changes):
+    """The patch discriminator and its part, as published; from step `start` on."""
+    section = dict(
+        kind="patch",
+        channels=64,
+        num_layers=3,
+        loss="hinge",
+        start=start,
+        weight=weight,
+        factor=1.0,
+        second_forward=False,
+        optim=adam(lr),
+    )
+    return {**section, **changes}
+
+
 def linear(linear_start, linear_end):
     """The published noise schedule between two betas."""
     return dict(name="linear", timesteps=1000, linear_start=linear_start, linear_end=linear_end)
@@ -116,7 +135,9 @@ def sample(scale, **changes):
 
 
 def run(**changes):
-    """In steps; phase 2 takes frozen weights from workdirs, `first_stage` and `conditioning`."""
+    """In steps. Where what is not trained comes from: phase 1 reads LPIPS from files (`lpips`),
+    phase 2 takes weights from workdirs (`first_stage`, `conditioning`).
+    """
     section = dict(
         steps=100_000,
         log_every=100,
@@ -125,6 +146,8 @@ def run(**changes):
         checkpoint_every=5_000,
         eval_batches=16,
         keep=3,
+        max_skipped=10,
+        lpips="",
         first_stage="",
         conditioning="",
     )

@@ -55,7 +55,7 @@ examples:
 
 FREE = ("data", "dtype", "mesh", "published", "run", "sample")  # what using a model may change
 CURVES = {
-    "first_stage": ("loss", "l1", "validation_psnr", "images_per_second"),
+    "first_stage": ("loss", "validation_psnr", "validation_ssim", "z_std"),
     "diffusion": ("loss", "loss_t0", "validation_loss", "images_per_second"),
 }
 
@@ -279,6 +279,7 @@ def train(args) -> int:
                 image_every=run.image_every,
                 checkpoint_every=run.checkpoint_every,
                 accumulate=config.train.accumulate,
+                max_skipped=run.max_skipped,
             )
         except loop.Stopped as stopped:
             print(stopped, flush=True)
@@ -400,7 +401,7 @@ def sample(args) -> None:
 
 
 def reconstruct(args) -> None:
-    """Writes originals above reconstructions, and prints PSNR and L1."""
+    """Writes originals above reconstructions, and prints how alike they are."""
     from latent_diffusion_jax import pipeline
 
     trained, mesh = _trained(args)
@@ -408,7 +409,8 @@ def reconstruct(args) -> None:
     quality = pipeline.write_reconstructions(
         trained, mesh, out, args.number, args.batch, args.input
     )
-    print(f"{out}: PSNR {quality['psnr']:.2f} dB, L1 {quality['l1']:.4f} (images in [-1, 1])")
+    ssim = f", SSIM {quality['ssim']:.4f}" if "ssim" in quality else ""
+    print(f"{out}: PSNR {quality['psnr']:.2f} dB{ssim}, L1 {quality['l1']:.4f} (images in [-1, 1])")
 
 
 def describe(args) -> None:

@@ -25,7 +25,9 @@ from latent_diffusion_jax.diffusion import objective as diffusion_objective
 from latent_diffusion_jax.diffusion.schedule import SCHEDULES, Schedule, make_betas, make_schedule
 from latent_diffusion_jax.errors import UserError, choose
 from latent_diffusion_jax.first_stage import objective as first_stage_objective
+from latent_diffusion_jax.first_stage.adversary import Adversary, check_patches, make_adversary
 from latent_diffusion_jax.first_stage.autoencoder import Autoencoder
+from latent_diffusion_jax.first_stage.lpips import Lpips
 from latent_diffusion_jax.first_stage.stage import (
     FIRST_STAGES,
     FirstStage,
@@ -33,10 +35,10 @@ from latent_diffusion_jax.first_stage.stage import (
     make_first_stage,
 )
 from latent_diffusion_jax.nn.unet import UNet
-from latent_diffusion_jax.train.objective import Objective, make_objective
+from latent_diffusion_jax.train.objective import Criterion, Objective, from_loss, make_objective
 from latent_diffusion_jax.train.optim import SCHEDULES as LR_SCHEDULES
 from latent_diffusion_jax.train.optim import make_lr_schedule, make_optimizer
-from latent_diffusion_jax.train.sharding import make_gather
+from latent_diffusion_jax.train.sharding import gather, split
 
 CONDITIONERS: dict[str, Callable[..., Conditioner]] = {
     "none": unconditional,
@@ -222,8 +224,15 @@ def latent_shape(config: ConfigDict, size: tuple[int, int] | None = None) -> tup
 def init_params(config: ConfigDict) -> Callable[[jax.Array], dict]:
     """key -> the parameters that the config's phase trains, by network."""
     if config.phase == "first_stage":
-        stage = first_stage(config)
-        return lambda key: {"autoencoder": stage.init(key)}
+        stage, opponent = first_stage(config), adversary(config)
+
+        def init_both(key):
+            params = {"autoencoder": stage.init(key)}
+            if opponent is not None:
+                params["discriminator"] = opponent.init(jax.random.fold_in(key, 1))[0]
+            return params
+
+        return init_both
     network, c = unet(config), conditioner(config)
     shape = latent_shape(config)
 
@@ -244,11 +253,17 @@ def init_params(config: ConfigDict) -> Callable[[jax.Array], dict]:
     return init
 
 
-def frozen_shapes(config: ConfigDict) -> dict[str, Any]:
-    """Shapes of the parameters that phase 2 takes as they are: first stage, frozen conditioning."""
-    if config.phase == "first_stage":
-        return {}
+def frozen_shapes(config: ConfigDict, training: bool = False) -> dict[str, Any]:
+    """Shapes of the parameters that a phase takes as they are, by network.
+
+    First stage and frozen conditioning in phase 2; LPIPS in phase 1, if it is for `training`.
+    """
     key = jax.eval_shape(lambda: jax.random.key(0))
+    if config.phase == "first_stage":
+        if not (training and config.loss.perceptual_weight):
+            return {}
+        image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)  # of any size
+        return {"lpips": jax.eval_shape(Lpips().init, key, image, image)["params"]}
     stage, c = first_stage(config), conditioner(config)
     frozen = {"first_stage": jax.eval_shape(stage.init, key)}
     if c.frozen:
@@ -289,23 +304,35 @@ def denoise_network(config: ConfigDict) -> Callable[..., jax.Array]:
     return apply
 
 
-def loss(config: ConfigDict) -> Callable:
-    """(params, frozen, batch, key, train) -> (loss, metrics) of the config's phase."""
+def adversary(config: ConfigDict) -> Adversary | None:
+    """The discriminator of phase 1; None of kind "none"."""
+    section = dict(config.discriminator)
+    kind = section.pop("kind")
+    section.pop("optim", None)
+    if not choose("discriminator", kind, {"none": False, "patch": True}):
+        return unpack("discriminator", lambda: None, section)
+    found = unpack("discriminator", make_adversary, section, dtype=dtype(config))
+    check_patches(found, config.data.image_size)
+    return found
+
+
+def criterion(config: ConfigDict) -> Criterion:
+    """What the config's phase minimises."""
     if config.phase == "first_stage":
-        stage = first_stage(config)
         kind = config.first_stage.kind
-        takes = choose("trainable first stage", kind, first_stage_objective.LOSSES)
+        takes = choose("trainable first stage", kind, first_stage_objective.REGULARISERS)
         return unpack(
             "loss",
-            first_stage_objective.make_loss,
+            first_stage_objective.make_criterion,
             config.loss,
             takes=[takes],
-            stage=stage,
+            stage=first_stage(config),
             kind=kind,
+            adversary=adversary(config),
         )
     section = dict(config.diffusion)
     section.pop("schedule")
-    return unpack(
+    loss = unpack(
         "diffusion",
         diffusion_objective.make_loss,
         section,
@@ -316,18 +343,17 @@ def loss(config: ConfigDict) -> Callable:
         latents=latents(config),
         schedule=schedule(config),
     )
+    return from_loss(loss)
 
 
 def objective(config: ConfigDict, mesh: Mesh | None = None) -> Objective:
     """What the config's phase optimises; `mesh` is the one that its state will be split over."""
     choose("phase", config.phase, dict.fromkeys(PHASES))
-    takes = choose("learning-rate schedule", config.optim.schedule.name, LR_SCHEDULES)
-    # for its keys: make_optimizer builds it again
-    unpack("optim.schedule", make_lr_schedule, config.optim.schedule, takes=[takes])
-    phase_loss = loss(config)
-    if mesh is not None:
-        phase_loss = _gathering(phase_loss, mesh)
-    tx, lr_at = unpack("optim", make_optimizer, config.optim)
+    tx, lr_at = _optimizer(config.optim, "optim")
+    optimizers = dict.fromkeys(jax.eval_shape(init_params(config), jax.random.key(0)), tx)
+    if "discriminator" in optimizers:
+        section = config.discriminator.optim
+        optimizers["discriminator"], _ = _optimizer(section, "discriminator.optim")
     section = dict(config.train)
     section.pop("batch_size")
     return unpack(
@@ -335,15 +361,37 @@ def objective(config: ConfigDict, mesh: Mesh | None = None) -> Objective:
         make_objective,
         section,
         init_params=init_params(config),
-        loss=phase_loss,
-        tx=tx,
+        criterion=criterion(config) if mesh is None else _gathering(criterion(config), mesh),
+        optimizers=optimizers,
         lr_at=lr_at,
     )
 
 
-def _gathering(loss: Callable, mesh: Mesh) -> Callable:
-    gather = make_gather(mesh)
-    return lambda params, frozen, *rest: loss(gather(params), gather(frozen), *rest)
+def _optimizer(section: ConfigDict, name: str) -> tuple:
+    takes = choose("learning-rate schedule", section.schedule.name, LR_SCHEDULES)
+    # for its keys: make_optimizer builds it again
+    unpack(f"{name}.schedule", make_lr_schedule, section.schedule, takes=[takes])
+    return unpack(name, make_optimizer, section)
+
+
+def _gathering(criterion: Criterion, mesh: Mesh) -> Criterion:
+    """The same on parameters that lie split over the mesh: whole while networks read them."""
+
+    def gradients_of(function):
+        def gradients(params, buffers, frozen, *rest):
+            params, frozen = gather(mesh, (params, frozen))
+            buffers, found, metrics = function(params, buffers, frozen, *rest)
+            return buffers, split(mesh, found), metrics
+
+        return gradients
+
+    def evaluate(params, buffers, frozen, *rest):
+        params, frozen = gather(mesh, (params, frozen))
+        return criterion.evaluate(params, buffers, frozen, *rest)
+
+    return criterion._replace(
+        gradients=[gradients_of(function) for function in criterion.gradients], evaluate=evaluate
+    )
 
 
 def batch_keys(config: ConfigDict, cached: bool = False) -> tuple[str, ...]:

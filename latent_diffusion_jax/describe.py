@@ -25,7 +25,7 @@ def describe(config: ConfigDict) -> dict[str, Any]:
     objective = build.objective(config)
     state = jax.eval_shape(objective.init, key)
     trained = dict(state.params)
-    frozen = build.frozen_shapes(config)
+    frozen = build.frozen_shapes(config, training=True)
     first_stage = trained.get("autoencoder") or frozen["first_stage"]
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     z = jax.ShapeDtypeStruct((1, *shape), jnp.float32)

@@ -4,6 +4,7 @@ Phase 2 keeps a copy of its first stage in `<workdir>/first_stage`, itself a wor
 that a workdir is complete: it can be moved, and sampled from alone.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -20,12 +21,15 @@ from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build, pipeline
 from latent_diffusion_jax.config import stored_config, to_json
+from latent_diffusion_jax.convert.lpips import HOW_TO_GET, load_lpips
 from latent_diffusion_jax.data.latents import Latents, write_latents
 from latent_diffusion_jax.data.loader import make_loader
 from latent_diffusion_jax.errors import UserError, choose, differences
+from latent_diffusion_jax.first_stage.losses import use_of_codes
+from latent_diffusion_jax.first_stage.objective import signs_of_trouble
 from latent_diffusion_jax.train.checkpoint import write_config, write_weights
 from latent_diffusion_jax.train.checksum import checksums
-from latent_diffusion_jax.train.metrics import Progress, average
+from latent_diffusion_jax.train.metrics import Progress, Values, average
 from latent_diffusion_jax.train.objective import Objective
 from latent_diffusion_jax.train.sharding import put_batch, put_tree
 from latent_diffusion_jax.train.state import TrainState, sampling_params
@@ -33,7 +37,13 @@ from latent_diffusion_jax.train.state import TrainState, sampling_params
 SCALE_BATCHES = 32
 PREVIEWS = 16
 SPLITS = ("train", "validation")
-ORIGIN = {"first_stage": " of phase 1", "conditioning": " that `convert` made"}
+WANTED = {  # what to say where it was not given
+    "first_stage": "phase 2 needs a trained first stage:"
+    " --config.run.first_stage=WORKDIR of phase 1",
+    "conditioning": "phase 2 needs a trained conditioning:"
+    " --config.run.conditioning=WORKDIR that `convert` made",
+    "lpips": HOW_TO_GET,
+}
 
 
 class Phase(NamedTuple):
@@ -42,9 +52,10 @@ class Phase(NamedTuple):
     objective: Objective
     frozen: Any
     batches: Iterator[Mapping[str, np.ndarray]]
-    evaluate: Callable[[TrainState], dict[str, float]] | None
+    evaluate: Callable[[TrainState], Values] | None
     visualise: Callable[[TrainState, int], dict[str, np.ndarray]]
     meta: dict[str, Any]
+    signs: Callable[[Values], dict[str, str]] = lambda means: {}
 
 
 def make_phase(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
@@ -56,6 +67,7 @@ def make_phase(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
 def _first_stage(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
     objective = build.objective(config, mesh)
     train, validation = (build.source(config, split) for split in SPLITS)
+    frozen = prepare_frozen(config, workdir, mesh)
     reconstruct = pipeline.make_reconstruct(config, mesh)
     images = next(in_order(config, validation, min(PREVIEWS // 2, len(validation))))["image"]
 
@@ -64,8 +76,10 @@ def _first_stage(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
         hat = reconstruct(sampling_params(state)["autoencoder"], images)
         return {"reconstructions": np.concatenate([images, np.asarray(hat)])}
 
-    evaluate = _evaluator(config, objective, {}, validation, mesh)
-    return Phase(objective, {}, shuffled(config, train), evaluate, visualise, {})
+    evaluate = _evaluator(config, objective, frozen, validation, mesh)
+    size = config.first_stage.get("codebook_size")
+    signs = functools.partial(signs_of_trouble, codebook_size=size)
+    return Phase(objective, frozen, shuffled(config, train), evaluate, visualise, {}, signs)
 
 
 def _diffusion(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
@@ -166,21 +180,22 @@ def _evaluator(config, objective, frozen, source, mesh):
             step(state, frozen, put_batch(mesh, batch), jax.random.fold_in(key, i))
             for i, batch in enumerate(batches)
         )
-        if "mse" in means:
-            means["psnr"] = 10 * math.log10(4 / means["mse"])  # of images in [-1, 1]
+        if "codes" in means:  # over the whole split: batches use different ones
+            use = use_of_codes(np.asarray(means.pop("codes")))
+            means |= {name: float(value) for name, value in use.items()}
         return {f"validation_{name}": value for name, value in means.items()}
 
     return evaluate
 
 
 def prepare_frozen(config: ConfigDict, workdir: str, mesh: Mesh) -> dict[str, Any]:
-    """What phase 2 does not train, by network: the workdir's own copies, made if there are none.
+    """What a phase does not train, by network: the workdir's own copies, made if there are none.
 
     Raises:
-      UserError: `run.first_stage` is not a trained workdir of the same first stage, or
-        `run.conditioning` not one of the same frozen conditioner.
+      UserError: `run.first_stage` is not a trained workdir of the same first stage,
+        `run.conditioning` not one of the same frozen conditioner, or `run.lpips` not all of LPIPS.
     """
-    for name, tree in build.frozen_shapes(config).items():
+    for name, tree in build.frozen_shapes(config, training=True).items():
         copy = str(epath.Path(workdir) / name)
         if not tree:
             continue
@@ -190,26 +205,28 @@ def prepare_frozen(config: ConfigDict, workdir: str, mesh: Mesh) -> dict[str, An
                 _same_first_stage(config, copy)
         else:
             _copy_frozen(config, name, copy, mesh)
-    return {"first_stage": {}, **put_tree(mesh, pipeline.load_frozen(config, workdir, mesh))}
+    frozen = pipeline.load_frozen(config, workdir, mesh, training=True)
+    if config.phase == "diffusion":
+        frozen = {"first_stage": {}, **frozen}  # the identity has no weights
+    return put_tree(mesh, frozen)
 
 
 def _copy_frozen(config: ConfigDict, name: str, copy: str, mesh: Mesh) -> None:
     origin = config.run[name]
     if not origin:
-        raise UserError(
-            f"phase 2 needs a trained {name.replace('_', ' ')}:"
-            f" --config.run.{name}=WORKDIR{ORIGIN[name]}"
-        )
+        raise UserError(WANTED[name])
     try:
-        if name == "first_stage" and not (epath.Path(origin) / name).exists():
+        network = pipeline.FROZEN[name]
+        if name == "conditioning" or (epath.Path(origin) / name).exists():  # of the same phase
+            loaded = pipeline.load_frozen(config, origin, mesh, training=True)
+            params, place = {network: loaded[name]}, origin
+        elif name == "lpips":
+            params, place = {network: load_lpips(origin.split(","))}, origin
+        else:
             theirs = _same_first_stage(config, origin)
             params, (step, _) = pipeline.load_params(theirs, origin, mesh)
             write_config(copy, to_json(theirs))
             place = f"{origin} at step {step}"
-        else:  # a workdir of phase 2
-            network = pipeline.FROZEN[name]
-            params = {network: pipeline.load_frozen(config, origin, mesh)[name]}
-            place = origin
     except UserError as error:
         raise UserError(f"config.run.{name}: {error}") from error
     write_weights(copy, params, {}, {})

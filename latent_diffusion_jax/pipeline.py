@@ -29,12 +29,13 @@ from latent_diffusion_jax.diffusion.prediction import make_denoise
 from latent_diffusion_jax.diffusion.samplers import image_keys, image_noise, make_sampler, sample
 from latent_diffusion_jax.diffusion.schedule import make_timesteps
 from latent_diffusion_jax.errors import UserError
+from latent_diffusion_jax.first_stage.objective import quality
 from latent_diffusion_jax.train.checkpoint import Checkpointer
 from latent_diffusion_jax.train.metrics import Progress, grid
 from latent_diffusion_jax.train.sharding import (
     abstract_state,
+    gather,
     lay_out,
-    make_gather,
     put_batch,
     replicated,
 )
@@ -43,7 +44,11 @@ from latent_diffusion_jax.train.state import TrainState, sampling_params
 GRID = 400  # images in a grid at most: thousands, for a measurement, are kept as files alone
 
 
-FROZEN = {"first_stage": "autoencoder", "conditioning": "conditioning"}  # folder -> network in it
+FROZEN = {  # folder -> network in it
+    "first_stage": "autoencoder",
+    "conditioning": "conditioning",
+    "lpips": "lpips",
+}
 
 
 class Trained(NamedTuple):
@@ -75,10 +80,12 @@ def load(workdir: str, mesh: Mesh) -> Trained:
     return Trained(config, params, frozen, tuple(names) if names else None, step)
 
 
-def load_frozen(config: ConfigDict, workdir: str, mesh: Mesh) -> dict[str, Any]:
-    """What phase 2 does not train, by network: a workdir keeps each in a folder of its name."""
+def load_frozen(
+    config: ConfigDict, workdir: str, mesh: Mesh, training: bool = False
+) -> dict[str, Any]:
+    """What a phase does not train, by network: a workdir keeps each in a folder of its name."""
     frozen = {}
-    for name, tree in build.frozen_shapes(config).items():
+    for name, tree in build.frozen_shapes(config, training).items():
         if tree:
             network = FROZEN[name]
             abstract = TrainState(jnp.int32(0), {network: lay_out(tree, mesh)}, (), {})
@@ -136,7 +143,6 @@ def make_generate(
     method = make_sampler(sampler, schedule, **options)
     times = make_timesteps(timesteps, steps, len(schedule.alpha))
     shape = build.latent_shape(config, size)
-    gather = make_gather(mesh)
     guided = scale != 1 and bool(conditioner.keys)
 
     def cond_of(params, frozen, inputs) -> Cond:
@@ -146,7 +152,7 @@ def make_generate(
         return condition(params, frozen, inputs)
 
     def generate(params, frozen, inputs, key, indices, scale):
-        params, frozen = gather(params), gather(frozen)
+        params, frozen = gather(mesh, (params, frozen))
         cond = cond_of(params, frozen, inputs)
         denoise = make_denoise(
             lambda z_t, t: network(params["unet"], z_t, t, cond),
@@ -212,10 +218,10 @@ def generate(
 
 def make_reconstruct(config: ConfigDict, mesh: Mesh) -> Callable[[Any, jax.Array], jax.Array]:
     """Builds reconstruct(autoencoder params, image [B, H, W, 3]) -> image, by the mode."""
-    stage, gather = build.first_stage(config), make_gather(mesh)
+    stage = build.first_stage(config)
 
     def reconstruct(params, image):
-        params = gather(params)
+        params = gather(mesh, params)
         return stage.decode(params, stage.mode(stage.encode(params, image)))
 
     return jax.jit(reconstruct, out_shardings=replicated(mesh))
@@ -265,7 +271,7 @@ def write_samples(
 def write_reconstructions(
     trained: Trained, mesh: Mesh, out: Path, number: int, batch: int, folder: str | None
 ) -> dict[str, float]:
-    """Writes rows of originals above rows of reconstructions; returns their mean PSNR and L1.
+    """Writes rows of originals above rows of reconstructions; returns their mean `quality`.
 
     The images are those of `folder`, or of the validation split of the config's data.
     """
@@ -293,15 +299,11 @@ def write_reconstructions(
         hat = np.asarray(run(params, put_batch(mesh, {"image": padded})["image"]))
         pairs.append((images, hat[:count]))
     originals, hats = (np.concatenate(side)[:number] for side in zip(*pairs, strict=True))
-    error = originals - hats
-    mse = np.mean(error**2, axis=(1, 2, 3))
     columns = min(8, number)
     rows_of = [x[i : i + columns] for i in range(0, number, columns) for x in (originals, hats)]
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(grid(_filled(rows_of, columns), columns)).save(out)
-    with np.errstate(divide="ignore"):  # the identity stage has no error
-        psnr = 10 * np.log10(4 / mse)
-    return {"psnr": float(psnr.mean()), "l1": float(np.abs(error).mean())}
+    return {name: float(value) for name, value in quality(originals, hats).items()}
 
 
 def _filled(rows: list[np.ndarray], columns: int) -> np.ndarray:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import orbax.checkpoint as ocp
 import pytest
 
 from latent_diffusion_jax.__main__ import main
@@ -74,3 +76,11 @@ def mistake(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+def arrays(workdir, step):
+    """What a checkpoint holds, in one order."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        place = workdir / "checkpoints" / str(step)
+        items = [checkpointer.restore(place / name) for name in ("weights", "optimizer")]
+    return jax.tree.leaves(items)

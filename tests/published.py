@@ -13,7 +13,14 @@ import jax
 import numpy as np
 
 GOLDEN = Path(__file__).parent / "golden"
-LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 
 
 def golden(name):
@@ -33,8 +40,15 @@ def value(key, shape, salt=""):
     if re.search(r"(^|\.)(embedding|[a-z_]*emb)\.weight$", key):
         return n
     if len(shape) >= 2:
-        return n * np.float32(1 / np.sqrt(np.prod(shape[1:])))
+        fan_in = np.prod(shape[1:])
+        if re.search(r"(^|\.)lin[0-4]\.model\.1\.weight$", key):
+            n = np.abs(n)
+        if re.search(r"(^|\.)net\.slice[1-5]\.[0-9]+\.weight$", key):
+            fan_in = fan_in / 2
+        return n * np.float32(1 / np.sqrt(fan_in))
     tenth = np.float32(0.1) * n
+    if key.endswith("running_var"):
+        return 1 + np.abs(tenth)
     return 1 + tenth if key.endswith("weight") else tenth
 
 
@@ -51,6 +65,13 @@ def weights(tree, prefix="", salt=""):
         return value(key, x.shape, salt)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def discriminator_variables(network, prefix="loss.discriminator."):
+    """Parameters and running statistics of a `PatchDiscriminator`."""
+    image = np.zeros((1, 32, 32, 3), np.float32)
+    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), image, False))
+    return {name: weights(tree, prefix) for name, tree in shapes.items()}
 
 
 def check_module(name, module):

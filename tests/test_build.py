@@ -14,6 +14,7 @@ from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.train.sharding import make_mesh
 
 FIRST_STAGE, DIFFUSION = "configs/first_stage/shapes.py", "configs/diffusion/shapes.py"
+GAN = "configs/first_stage/kl_f4.py"
 
 
 def config_of(spec, **changes):
@@ -36,9 +37,12 @@ def mesh(config):
     return build.unpack("mesh", make_mesh, config.mesh)
 
 
+OF_OTHERS = ("schedule", "kind", "batch_size", "optim")  # keys that another constructor takes
 MISSPELT = [
     (FIRST_STAGE, build.first_stage, "first_stage", "chanels", "channels"),
-    (FIRST_STAGE, build.loss, "loss", "kl_wieght", "kl_weight"),
+    (FIRST_STAGE, build.criterion, "loss", "kl_wieght", "kl_weight"),
+    (GAN, build.criterion, "discriminator", "num_layer", "num_layers"),
+    (GAN, build.objective, "discriminator.optim", "clip_nrm", "clip_norm"),
     (FIRST_STAGE, build.objective, "optim", "clip_nrm", "clip_norm"),
     (FIRST_STAGE, build.objective, "optim.schedule", "warm_up_step", "warm_up_steps"),
     (FIRST_STAGE, build.objective, "train", "acumulate", "accumulate"),
@@ -46,7 +50,7 @@ MISSPELT = [
     (FIRST_STAGE, lambda c: build.source(c, "train"), "data.source", "image_sise", "image_size"),
     (DIFFUSION, build.unet, "unet", "chanel_mult", "channel_mult"),
     (DIFFUSION, build.conditioner, "conditioning", "num_clases", "num_classes"),
-    (DIFFUSION, build.loss, "diffusion", "wieghting", "weighting"),
+    (DIFFUSION, build.criterion, "diffusion", "wieghting", "weighting"),
     (DIFFUSION, build.schedule, "diffusion.schedule", "linear_strat", "linear_start"),
 ]
 
@@ -61,7 +65,7 @@ def test_a_misspelt_key_names_itself_the_nearest_and_the_choices(spec, make, sec
     target = config
     for name in section.split("."):
         target = target[name]
-    own = {name for name in target if name not in (key, "schedule", "kind", "batch_size")}
+    own = {name for name in target if name not in (key, *OF_OTHERS)}
     assert own <= set(choices)
     assert nearest in choices
     assert not {"parent", "options", "network", "terms"} & set(choices)
@@ -158,15 +162,19 @@ SMALL = dict(
 
 
 def diffusion_loss(train, **changes):
-    """The loss of a small UNet on cached latents, and its parameters."""
+    """params -> loss and gradients of a small UNet on cached latents, and its parameters."""
     config = config_of(DIFFUSION, latents__source="cache", **SMALL, **changes)
-    loss = build.loss(config)
+    criterion = build.criterion(config)
     moments = np.random.default_rng(3).normal(size=(2, 8, 8, 8)).astype(np.float32)
     batch = {"moments": moments, "label": np.int32([1, 2])}
     frozen = {"first_stage": {}, "latent_scale": jnp.float32(1)}
 
     def of(params):
-        return loss(params, frozen, batch, jax.random.key(0), train)[0]
+        rest = frozen, batch, jax.random.key(0)
+        if train:
+            _, gradients, metrics = criterion.gradients[0](params, {}, *rest, 0)
+            return metrics["loss"], gradients
+        return criterion.evaluate(params, {}, *rest)["loss"], None
 
     return of, random_params(build.init_params(config))
 
@@ -174,7 +182,7 @@ def diffusion_loss(train, **changes):
 def test_unet_dropout_acts_in_training_alone():
     def value(train, rate):
         loss, params = diffusion_loss(train, unet__dropout=rate)
-        return float(jax.jit(loss)(params))
+        return float(jax.jit(loss)(params)[0])
 
     assert abs(value(True, 0.5) / value(True, 0.0) - 1) > 1e-3
     np.testing.assert_allclose(value(False, 0.5), value(True, 0.0), rtol=1e-6)
@@ -184,7 +192,7 @@ def test_remat_changes_no_gradient():
     gradients = []
     for remat in (False, True):
         loss, params = diffusion_loss(True, unet__dropout=0.5, unet__remat=remat)
-        gradients.append(jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
+        gradients.append(jax.tree.leaves(jax.jit(loss)(params)[1]))
     for plain, recomputed in zip(*gradients, strict=True):
         scale = np.abs(plain).max()
         np.testing.assert_allclose(recomputed, plain, rtol=1e-4, atol=1e-5 * scale + 1e-6)
@@ -196,6 +204,8 @@ def test_parameters_by_network():
         for spec in (FIRST_STAGE, DIFFUSION)
     )
     assert phase_1.keys() == {"autoencoder"}
+    both = jax.eval_shape(build.init_params(config_of(GAN)), jax.random.key(0))
+    assert both.keys() == {"autoencoder", "discriminator"}
     assert phase_2.keys() == {"unet", "conditioning"}
     unconditional = config_of(DIFFUSION, conditioning=ConfigDict(dict(kind="none")))
     assert jax.eval_shape(build.init_params(unconditional), jax.random.key(0)).keys() == {"unet"}

@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,6 +19,7 @@ from tests.cli import (
     ROOT,
     SMALL,
     SMALL_UNET,
+    arrays,
     do,
     mistake,
     run,
@@ -167,7 +167,7 @@ def test_what_the_parser_refuses(command, message, capsys):
 # Mistakes
 
 TRAINING = [
-    ("optm.lr=1", "section in config: 'optm'; did you mean 'optim'? one of data, dtype"),
+    ("optm.lr=1", "section in config: 'optm'; did you mean 'optim'? one of data, discriminator"),
     ("optim.l=1", "key in config.optim: 'l'; did you mean 'lr'? one of b1, b2"),
     ("optim.lr=fast", "config.optim.lr=fast"),
     ("optim.name=sgd", "unknown optimizer 'sgd'; one of adam, adamw"),
@@ -340,24 +340,18 @@ def test_another_config_is_refused_with_the_difference(ae, ldm, diffusion, capsy
 def test_divergence_is_one_line_and_no_checkpoint_has_it(tmp_path, capsys):
     options = [*SMALL, "--config.run.checkpoint_every=1", "--config.run.image_every=0"]
     options += ["--config.run.steps=40", "--config.run.eval_every=0", "--config.mesh.data=1"]
+    options += ["--config.run.max_skipped=3"]
     wild = ["--config.optim.lr=1e20", "--config.optim.schedule.warm_up_steps=4"]
     line = mistake(capsys, "train", FIRST_STAGE, *options, *wild, f"--workdir={tmp_path}")
-    found = re.search(r"step (\d+) is not finite .*last good checkpoint: step (\d+)$", line)
+    found = re.search(
+        r"step (\d+) is not finite .* nor were the 2 .* checkpoint: step (\d+)$", line
+    )
     assert found, line
     bad, good = map(int, found.groups())
     saved = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert good == saved[-1] == bad - 1
     for step in saved:
         assert all(np.isfinite(x).all() for x in arrays(tmp_path, step))
-
-
-def arrays(workdir, step):
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        place = workdir / "checkpoints" / str(step)
-        items = [checkpointer.restore(place / name) for name in ("weights", "optimizer")]
-    return jax.tree.leaves(items)
 
 
 # What runs leave
@@ -367,11 +361,13 @@ def check_run(workdir, first, loss, validation, pictures):
     """The files of a finished run of 4 steps."""
     lines = read_jsonl(str(workdir / "metrics.jsonl"))
     assert [line["step"] for line in lines] == [1, 2, 2, 3, 4, 4]
-    training = {*loss, "loss", "grad_norm", "lr", "images_per_second", "flops_per_second"}
+    training = {*loss, "loss", "lr", "skipped", "images_per_second", "flops_per_second"}
+    networks = ("autoencoder",) if first else ("unet", "conditioning")
+    training |= {f"grad_norm_{name}" for name in networks}
     for line in lines:
         kind = validation if any(key.startswith("validation") for key in line) else training
         assert line.keys() == {"step", *kind}
-        assert np.isfinite(list(line.values())).all()
+        assert all(np.isfinite(value).all() for value in line.values())
     boards = list((workdir / "tensorboard").iterdir())
     assert len(boards) >= 1
     assert all(board.stat().st_size > 500 for board in boards[:1])
@@ -384,8 +380,8 @@ def check_run(workdir, first, loss, validation, pictures):
 
 
 def test_what_phase_1_leaves(ae):
-    loss = {"l1", "mse", "kl", "z_mean", "z_std"}
-    validation = {f"validation_{name}" for name in (*loss, "loss", "psnr")}
+    loss = {"l1", "rec", "nll", "kl", "z_mean", "z_std"}
+    validation = {f"validation_{name}" for name in (*loss, "loss", "psnr", "ssim")}
     check_run(ae, True, loss, validation, "reconstructions")
 
 
@@ -519,17 +515,18 @@ def reconstructed(capsys, *options):
     capsys.readouterr()
     do("reconstruct", *options)
     said = capsys.readouterr().out
-    return re.fullmatch(r"(.*): PSNR (\S+) dB, L1 (\S+) \(images in \[-1, 1\]\)\n", said).groups()
+    numbers = r"PSNR (\S+) dB, SSIM (\S+), L1 (\S+) \(images in \[-1, 1\]\)"
+    return re.fullmatch(rf"(.*): {numbers}\n", said).groups()
 
 
 def test_reconstructions_of_the_validation_split(ae, ldm, pixels, capsys):
-    path, psnr, l1 = reconstructed(capsys, f"--workdir={ae}", "--number=12")
+    path, *numbers = reconstructed(capsys, f"--workdir={ae}", "--number=12")
     assert Image.open(path).size == (8 * 34 + 2, 4 * 34 + 2)
     last = read_jsonl(str(ae / "metrics.jsonl"))[-1]  # of 8 of the images
-    assert abs(float(psnr) - last["validation_psnr"]) < 3
+    assert abs(float(numbers[0]) - last["validation_psnr"]) < 3
     found = reconstructed(capsys, f"--workdir={ldm}", "--number=12", "--batch=5")
-    assert found == (f"{ldm}/reconstructions.png", psnr, l1)  # it has its first stage with it
-    assert reconstructed(capsys, f"--workdir={pixels}")[1:] == ("inf", "0.0000")
+    assert found == (f"{ldm}/reconstructions.png", *numbers)  # it has its first stage with it
+    assert reconstructed(capsys, f"--workdir={pixels}")[1:] == ("inf", "1.0000", "0.0000")
 
 
 def test_reconstructions_of_a_folder(ae, photos, tmp_path, capsys):

@@ -21,7 +21,7 @@ FILES = [
 VARIANTS = [
     (path.relative_to(ROOT).as_posix(), argument)
     for path in FILES
-    for argument in ("", "tiny", "vq", "pixels", "unconditional")
+    for argument in ("", "tiny", "vq", "gan", "pixels", "unconditional")
     if not argument or f'"{argument}":' in path.read_text()
 ]
 

@@ -16,7 +16,7 @@ PARTS = {  # part -> what it may import beside itself and `errors`
     "train": [],
     "nn": ["conditioning.cond"],
     "diffusion": ["conditioning.cond"],
-    "first_stage": ["nn"],
+    "first_stage": ["nn", "train.objective"],
 }
 for top in ("build", "describe", "pipeline", "inputs", "convert", "phases", "__main__"):
     PARTS[top] = list(PARTS)  # all before them

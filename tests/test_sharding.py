@@ -21,7 +21,7 @@ CONFIGS = {
 }
 
 
-def losses(config, mesh):
+def losses(config, mesh, steps=STEPS):
     """The losses of the first steps, and whether any parameter was split."""
     objective = build.objective(config, mesh)
     key = jax.random.key(config.seed)
@@ -36,7 +36,7 @@ def losses(config, mesh):
     step = jax.jit(objective.train_step, donate_argnums=0)
     split = any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state.params))
     seen = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         state, metrics = step(state, frozen, sharding.put_batch(mesh, next(batches)), key)
         seen.append(float(metrics["loss"]))
     return np.array(seen), split
@@ -54,3 +54,38 @@ def test_losses_do_not_depend_on_the_mesh(phase, monkeypatch):
     assert len(set(one)) == STEPS
     np.testing.assert_allclose(eight, one, rtol=1e-5)
     np.testing.assert_allclose(mixed, one, rtol=1e-5)
+
+
+ALONE = dict(data=1, fsdp=1)
+START = 4  # of the discriminator, whose logits decide by their sign what counts: errors grow faster
+VARIANTS = {  # mesh, changes, relative error before and after the discriminator's start
+    "data": (dict(data=8, fsdp=1), [], 2e-6, 1e-3),
+    "fsdp": (dict(data=2, fsdp=4), [], 2e-6, 1e-3),
+    # afterwards: statistics and adaptive weight are those of half a batch
+    "accumulated": (ALONE, ["--config.train.accumulate=2"], 2e-6, 0.1),
+    "accumulated, fsdp": (dict(data=2, fsdp=4), ["--config.train.accumulate=2"], 2e-6, 0.1),
+    "bfloat16": (ALONE, ["--config.dtype=bfloat16"], 5e-3, 2e-2),
+}
+
+
+@pytest.fixture(scope="module")
+def adversarial():
+    """The first ten losses of the VQ model with its discriminator, plain float32, one device."""
+
+    def run(axes, changes):
+        changes = [*changes, "--config.train.batch_size=16"]
+        changes += [f"--config.discriminator.start={START}"]
+        config = load_config("configs/first_stage/vq_f4.py:tiny", changes)
+        return losses(config, sharding.make_mesh(**axes), steps=10)[0]
+
+    return run, run(ALONE, [])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_adversarial_losses_are_those_of_one_device(variant, adversarial, monkeypatch):
+    monkeypatch.setattr(sharding.state_shardings, "__defaults__", (64,))
+    run, expected = adversarial
+    *how, before, after = VARIANTS[variant]
+    found = run(*how)
+    np.testing.assert_allclose(found[:START], expected[:START], rtol=before)
+    np.testing.assert_allclose(found[START:], expected[START:], rtol=after)

@@ -3,7 +3,10 @@
 python -m latent_diffusion_jax train --config=configs/first_stage/folder64.py \\
     --workdir=runs/mine/ae --config.data.source.path=DIR
 
-Arguments: `:vq` (VQ instead of KL, 1024 codes), `:tiny` (a smoke run of seconds).
+Arguments: `:vq` (VQ instead of KL, 1024 codes), `:gan` (a discriminator from half-way on), `:tiny`
+(a smoke run of seconds); several, as in `:vq,gan`. The perceptual term is off, for its weights are
+files that you get yourself (docs/first_stage.md): --config.loss.perceptual_weight=1
+--config.run.lpips=FILES.
 DIR holds class folders, or images beside a `metadata.jsonl`; see docs/emoji.md for a run on 1,449
 images with its cost and pictures. Sized for a CPU: on a GPU raise `first_stage.channels` to 128
 and `train.batch_size`, as the paper's f = 4 models have.
@@ -35,7 +38,19 @@ def get_config(arg=""):
         {
             "vq": {
                 "first_stage": VQ,
-                "loss": dict(pixel="l2", codebook_weight=1.0, beta=0.25, legacy=False),
+                "loss": dict(
+                    pixel="l2",
+                    perceptual_weight=0.0,
+                    codebook_weight=1.0,
+                    beta=0.25,
+                    legacy=False,
+                    restart_after=0,
+                ),
+            },
+            "gan": {
+                "discriminator": sections.discriminator(
+                    lr=5e-4, start=STEPS // 2, weight=0.5, channels=32
+                ),
             },
             "tiny": {**TINY, **sections.TINY_RUN, "train.batch_size": 8},
         },
@@ -44,7 +59,8 @@ def get_config(arg=""):
         first_stage=KL,
         # the published 1e-6 presumes perceptual and adversarial terms; 1e-2 makes latents smooth,
         # which a short phase 2 needs, at about 1 dB of PSNR
-        loss=dict(pixel="l2", kl_weight=1e-2),
+        loss=dict(pixel="l2", perceptual_weight=0.0, kl_weight=1e-2),
+        discriminator=sections.NO_DISCRIMINATOR,
         optim=sections.adam(2e-3, schedule=sections.cosine(STEPS, 50)),
         train=dict(batch_size=16, accumulate=1, ema_decay=0.0, ema_networks=()),
         run=sections.run(

@@ -6,8 +6,8 @@ python -m latent_diffusion_jax train --config=configs/first_stage/kl_f16.py \\
 Argument: `:tiny` (a smoke run).
 Checkpoint `kl-f16`, 69,610,963 parameters; attention at resolution 16 of 256 is level 4. Table 8:
 R-FID 0.87, PSNR 24.08, PSIM 1.07, SSIM 0.68 on ImageNet's validation set; 442,998 steps. Not
-trained here. The published loss adds LPIPS (weight 1) and, from step 50,001, a discriminator of 3
-layers (weight 0.5).
+trained here. The loss has LPIPS (weight 1) and, from step 50,001, a discriminator of 3 layers
+(weight 0.5).
 """
 
 from configs import published
@@ -24,6 +24,7 @@ def get_config(arg=""):
         lr=2.7e-5,  # 4.5e-6 x 6
         batch_size=6,
         steps=442_998,
+        disc_start=50_001,
         published=dict(
             checkpoint="first_stage_models/kl-f16",
             task="autoencoding",

@@ -6,8 +6,8 @@ python -m latent_diffusion_jax train --config=configs/first_stage/kl_f32.py \\
 Argument: `:tiny` (a smoke run).
 Checkpoint `kl-f32`, 103,880,131 parameters; attention at resolutions 16 and 8 of 256 is levels 4
 and 5. Table 8: R-FID 2.04, PSNR 22.27, PSIM 1.41, SSIM 0.61 on ImageNet's validation set; 406,763
-steps. Not trained here. The published loss adds LPIPS (weight 1) and, from step 50,001, a
-discriminator of 3 layers (weight 0.5).
+steps. Not trained here. The loss has LPIPS (weight 1) and, from step 50,001, a discriminator of 3
+layers (weight 0.5).
 """
 
 from configs import published
@@ -24,6 +24,7 @@ def get_config(arg=""):
         lr=2.7e-5,  # 4.5e-6 x 6
         batch_size=6,
         steps=406_763,
+        disc_start=50_001,
         published=dict(
             checkpoint="first_stage_models/kl-f32",
             task="autoencoding",

@@ -5,8 +5,8 @@ python -m latent_diffusion_jax train --config=configs/first_stage/kl_f4.py \\
 
 Argument: `:tiny` (a smoke run).
 Checkpoint `kl-f4`, 55,312,063 parameters. Table 8: R-FID 0.27, PSNR 27.53, PSIM 0.55, SSIM 0.82 on
-ImageNet's validation set; 176,991 steps. Not trained here. The published loss adds LPIPS (weight 1)
-and, from step 50,001, a discriminator of 3 layers (weight 0.5).
+ImageNet's validation set; 176,991 steps. Not trained here. The loss has LPIPS (weight 1) and, from
+step 50,001, a discriminator of 3 layers (weight 0.5).
 """
 
 from configs import published
@@ -21,6 +21,7 @@ def get_config(arg=""):
         lr=4.5e-5,  # 4.5e-6 x 10
         batch_size=10,
         steps=176_991,
+        disc_start=50_001,
         published=dict(
             checkpoint="first_stage_models/kl-f4",
             task="autoencoding",

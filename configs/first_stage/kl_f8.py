@@ -5,8 +5,8 @@ python -m latent_diffusion_jax train --config=configs/first_stage/kl_f8.py \\
 
 Argument: `:tiny` (a smoke run).
 Checkpoint `kl-f8`, 83,653,863 parameters. Table 8: R-FID 0.90, PSNR 24.19, PSIM 1.02, SSIM 0.69 on
-ImageNet's validation set; 246,803 steps. Not trained here. The published loss adds LPIPS (weight 1)
-and, from step 50,001, a discriminator of 3 layers (weight 0.5).
+ImageNet's validation set; 246,803 steps. Not trained here. The loss has LPIPS (weight 1) and, from
+step 50,001, a discriminator of 3 layers (weight 0.5).
 """
 
 from configs import published
@@ -21,6 +21,7 @@ def get_config(arg=""):
         lr=1.8e-5,  # 4.5e-6 x 4
         batch_size=4,
         steps=246_803,
+        disc_start=50_001,
         published=dict(
             checkpoint="first_stage_models/kl-f8",
             task="autoencoding",

@@ -33,14 +33,22 @@ def get_config(arg=""):
         {
             "vq": {
                 "first_stage": VQ,
-                "loss": dict(pixel="l2", codebook_weight=1.0, beta=0.25, legacy=False),
+                "loss": dict(
+                    pixel="l2",
+                    perceptual_weight=0.0,
+                    codebook_weight=1.0,
+                    beta=0.25,
+                    legacy=False,
+                    restart_after=0,
+                ),
             },
             "tiny": {**TINY, **sections.TINY_RUN, "train.batch_size": 8},
         },
         phase="first_stage",
         data=sections.shapes(32),
         first_stage=KL,
-        loss=dict(pixel="l2", kl_weight=1e-2),
+        loss=dict(pixel="l2", perceptual_weight=0.0, kl_weight=1e-2),
+        discriminator=sections.NO_DISCRIMINATOR,
         optim=sections.adam(2e-3, schedule=sections.cosine(STEPS, 50)),
         train=dict(batch_size=16, accumulate=1, ema_decay=0.0, ema_networks=()),
         run=sections.run(

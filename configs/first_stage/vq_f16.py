@@ -6,8 +6,8 @@ python -m latent_diffusion_jax train --config=configs/first_stage/vq_f16.py \\
 Argument: `:tiny` (a smoke run).
 Checkpoint `vq-f16`, 69,593,371 parameters; attention at resolution 16 of 256 is level 4. Table 8:
 R-FID 5.15, PSNR 20.83, PSIM 1.73, SSIM 0.54 on ImageNet's validation set; 1,101,166 steps. Not
-trained here. The published loss adds LPIPS (weight 1) and, from step 250,001, a discriminator of 2
-layers (weight 0.75).
+trained here. The loss has LPIPS (weight 1) and, from step 250,001, a discriminator of 2 layers
+(weight 0.75).
 """
 
 from configs import published
@@ -24,6 +24,8 @@ def get_config(arg=""):
         lr=6.3e-5,  # 4.5e-6 x 14
         batch_size=14,
         steps=1_101_166,
+        disc_start=250_001,
+        num_layers=2,
         published=dict(
             checkpoint="first_stage_models/vq-f16",
             task="autoencoding",

@@ -23,6 +23,7 @@ def get_config(arg=""):
         lr=3.6e-5,  # 4.5e-6 x 8
         batch_size=8,
         steps=500_000,
+        disc_start=11,
         published=dict(
             task="autoencoding", data="OpenImages", rfid=0.16, psnr=30.85, source="Table 8"
         ),

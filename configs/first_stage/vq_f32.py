@@ -27,5 +27,7 @@ def get_config(arg=""):
         lr=6.3e-5,  # 4.5e-6 x 14
         batch_size=14,
         steps=1_000_000,
+        disc_start=250_001,
+        num_layers=2,
         published=dict(task="autoencoding", data="OpenImages", source="Tables 13 and 14"),
     )

@@ -5,8 +5,8 @@ python -m latent_diffusion_jax train --config=configs/first_stage/vq_f4.py \\
 
 Argument: `:tiny` (a smoke run).
 Checkpoint `vq-f4`, 55,322,782 parameters. Table 8: R-FID 0.58, PSNR 27.43, PSIM 0.53, SSIM 0.82 on
-ImageNet's validation set; 533,066 steps. Not trained here. The published loss adds LPIPS (weight 1)
-and, from step 0, a discriminator of 3 layers (weight 0.75).
+ImageNet's validation set; 533,066 steps. Not trained here. The loss has LPIPS (weight 1) and, from
+step 0, a discriminator of 3 layers (weight 0.75).
 """
 
 from configs import published
@@ -21,6 +21,7 @@ def get_config(arg=""):
         lr=3.6e-5,  # 4.5e-6 x 8
         batch_size=8,
         steps=533_066,
+        disc_start=0,
         published=dict(
             checkpoint="first_stage_models/vq-f4",
             task="autoencoding",

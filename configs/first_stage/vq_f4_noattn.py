@@ -6,8 +6,8 @@ python -m latent_diffusion_jax train --config=configs/first_stage/vq_f4_noattn.p
 Argument: `:tiny` (a smoke run).
 Checkpoint `vq-f4-noattn`, 53,219,486 parameters. Table 8: R-FID 1.06, PSNR 25.21, PSIM 0.72, SSIM
 0.76 on ImageNet's validation set; 658,131 steps. Without attention, large images decode in less
-memory. Not trained here. The published loss adds LPIPS (weight 1) and, from step 11, a
-discriminator of 3 layers (weight 0.75).
+memory. Not trained here. The loss has LPIPS (weight 1) and, from step 11, a discriminator of 3
+layers (weight 0.75).
 """
 
 from configs import published
@@ -24,6 +24,7 @@ def get_config(arg=""):
         lr=3.6e-5,  # 4.5e-6 x 8
         batch_size=8,
         steps=658_131,
+        disc_start=11,
         published=dict(
             checkpoint="first_stage_models/vq-f4-noattn",
             task="autoencoding",

@@ -6,8 +6,8 @@ python -m latent_diffusion_jax train --config=configs/first_stage/vq_f8.py \\
 Argument: `:tiny` (a smoke run).
 Checkpoint `vq-f8`, 67,717,295 parameters; attention at resolution 32 of 256 is level 3. Table 8:
 R-FID 1.14, PSNR 23.07, PSIM 1.17, SSIM 0.65 on ImageNet's validation set; 971,043 steps. Not
-trained here. The published loss adds LPIPS (weight 1) and, from step 1, a discriminator of 2 layers
-(weight 0.6).
+trained here. The loss has LPIPS (weight 1) and, from step 1, a discriminator of 2 layers (weight
+0.6).
 """
 
 from configs import published
@@ -24,6 +24,9 @@ def get_config(arg=""):
         lr=4.5e-5,  # 4.5e-6 x 10
         batch_size=10,
         steps=971_043,
+        disc_start=1,
+        num_layers=2,
+        weight=0.6,
         published=dict(
             checkpoint="first_stage_models/vq-f8",
             task="autoencoding",

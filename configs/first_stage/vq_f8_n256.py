@@ -6,8 +6,8 @@ python -m latent_diffusion_jax train --config=configs/first_stage/vq_f8_n256.py 
 Argument: `:tiny` (a smoke run).
 Checkpoint `vq-f8-n256`, 67,652,783 parameters; attention at resolution 32 of 256 is level 3. Table
 8: R-FID 1.49, PSNR 22.35, PSIM 1.26, SSIM 0.62 on ImageNet's validation set; 1,608,649 steps. Not
-trained here. The published loss adds LPIPS (weight 1) and, from step 250,001, a discriminator of 3
-layers (weight 0.75).
+trained here. The loss has LPIPS (weight 1) and, from step 250,001, a discriminator of 3 layers
+(weight 0.75).
 """
 
 from configs import published
@@ -24,6 +24,7 @@ def get_config(arg=""):
         lr=4.5e-5,  # 4.5e-6 x 10
         batch_size=10,
         steps=1_608_649,
+        disc_start=250_001,
         published=dict(
             checkpoint="first_stage_models/vq-f8-n256",
             task="autoencoding",

@@ -21,6 +21,7 @@ from latent_diffusion_jax.convert.files import Tensor
 from latent_diffusion_jax.convert.pairs import CONDITIONING, FIRST_STAGE, UNET, Make
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.train.sharding import state_shardings
+from latent_diffusion_jax.train.state import TRAINING_ONLY
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 EMA = "model_ema."
@@ -62,6 +63,7 @@ def _shapes(config_json: str) -> Weights:
     config = read_config(config_json)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(build.init_params(config), key)
+    params = {name: tree for name, tree in params.items() if name not in TRAINING_ONLY}
     ema = {name: params[name] for name in config.train.ema_networks}
     return Weights(params, ema, build.frozen_shapes(config))
 

@@ -112,10 +112,13 @@ class _Coder(nn.Module):
         return self.block("mid.block_2", x.shape[-1])(x, train)
 
     def out(self, x):
-        """The last norm and convolution; float32."""
+        """The last norm and its activation."""
         norm = group_norm("norm_out", num_groups=self.num_groups, epsilon=1e-6, dtype=self.dtype)
-        x = conv(self.out_channels, "conv_out", dtype=self.dtype)(nn.silu(norm(x)))
-        return x.astype(jnp.float32)
+        return nn.silu(norm(x))
+
+    def last(self, x):
+        """The last convolution; float32."""
+        return conv(self.out_channels, "conv_out", dtype=self.dtype)(x).astype(jnp.float32)
 
 
 class Encoder(_Coder):
@@ -132,15 +135,15 @@ class Encoder(_Coder):
                     x = self.attention(f"down.{level}.attn.{i}")(x)
             if level < len(self.channel_mult) - 1:
                 x = Downsample(self.dtype, name=f"down.{level}.downsample")(x)
-        return self.out(self.middle(x, train))
+        return self.last(self.out(self.middle(x, train)))
 
 
 class Decoder(_Coder):
     """Features to an image of f times their size; one block more per level than the encoder."""
 
     @nn.compact
-    def __call__(self, x, train: bool = False):
-        """[B, h, w, c] -> [B, f h, f w, out_channels]."""
+    def __call__(self, x, train: bool = False, last: bool = True):
+        """[B, h, w, c] -> [B, f h, f w, out_channels]; else what the last convolution reads."""
         x = conv(self.channel_mult[-1] * self.channels, "conv_in", dtype=self.dtype)(x)
         x = self.middle(x, train)
         for level, mult in reversed(list(enumerate(self.channel_mult))):
@@ -150,7 +153,8 @@ class Decoder(_Coder):
                     x = self.attention(f"up.{level}.attn.{i}")(x)
             if level > 0:
                 x = Upsample(self.dtype, name=f"up.{level}.upsample")(x)
-        return self.out(x)
+        x = self.out(x)
+        return self.last(x) if last else x
 
 
 class Autoencoder(nn.Module):
@@ -205,6 +209,10 @@ class Autoencoder(nn.Module):
         """Latent [B, h, w, embed_dim], taken as it is -> image [B, H, W, 3], about [-1, 1]."""
         return self.decoder(self.post_quant_conv(z), train)
 
+    def features(self, z: jax.Array, train: bool = False) -> jax.Array:
+        """As `decode`, up to the last convolution, which `last_convolution` is."""
+        return self.decoder(self.post_quant_conv(z), train, last=False)
+
     def quantized(self, z: jax.Array):
         """The nearest codebook entries, straight through, and what the VQ loss needs."""
         return self.quantize(z)
@@ -213,3 +221,9 @@ class Autoencoder(nn.Module):
         """Touches every parameter, for initialisation."""
         z = self.encode(image)[..., : self.embed_dim]
         return self.decode(self.quantized(z).z if self.codebook_size else z)
+
+
+def last_convolution(autoencoder: Autoencoder, params: Any, features: jax.Array) -> jax.Array:
+    """`features` to the image [B, H, W, 3]; params of `decoder.conv_out`."""
+    network: Any = conv(autoencoder.image_channels, "conv_out", dtype=autoencoder.dtype)
+    return network.apply({"params": params}, features).astype(jnp.float32)

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 
 from latent_diffusion_jax.errors import UserError, differences
 from latent_diffusion_jax.train.checksum import checksums
-from latent_diffusion_jax.train.state import Params, TrainState
+from latent_diffusion_jax.train.state import TRAINING_ONLY, Params, TrainState
 
 
 class _BrokenError(Exception):
@@ -40,10 +40,19 @@ def _layout(tree: Any) -> dict[str, str]:
 
 def _items(state: TrainState) -> dict[str, Any]:
     """The state as checkpoint items: sampling reads `weights` alone."""
-    return {
-        "weights": {"params": state.params, "ema": state.ema},
-        "optimizer": {"step": state.step, "opt_state": state.opt_state},
-    }
+    weights: dict[str, Any] = {}
+    rest = {"step": state.step, "opt_state": state.opt_state}
+    for name, tree in state.params.items():
+        (rest if name in TRAINING_ONLY else weights)[name] = tree
+    if state.buffers:
+        rest["buffers"] = state.buffers
+    return {"weights": {"params": weights, "ema": state.ema}, "optimizer": rest}
+
+
+def _state(weights: dict[str, Any], rest: dict[str, Any]) -> TrainState:
+    """What `_items` was made of."""
+    params = {**weights["params"], **{n: rest.pop(n) for n in TRAINING_ONLY if n in rest}}
+    return TrainState(params=params, ema=weights["ema"], **rest)
 
 
 def _one_line(error: BaseException) -> str:
@@ -116,12 +125,12 @@ class Checkpointer:
           UserError: every step is broken, or a step belongs to another model.
         """
         for step, read, meta in self._good_steps(_items(abstract)):
-            optimizer = read.get("optimizer", {"step": jnp.int32(step), "opt_state": None})
-            return step, TrainState(**optimizer, **read["weights"]), meta
+            rest = read.get("optimizer", {"step": jnp.int32(step), "opt_state": None})
+            return step, _state(read["weights"], rest), meta
         return None
 
     def restore_params(self, abstract: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
-        """As `restore_latest`, for sampling: no optimiser state is read (`opt_state` is ())."""
+        """As `restore_latest`, for sampling: of `params`, `ema` alone (`opt_state` is ())."""
         for step, read, meta in self._good_steps({"weights": _items(abstract)["weights"]}):
             return step, TrainState(jnp.int32(step), opt_state=(), **read["weights"]), meta
         return None

@@ -7,7 +7,6 @@ run, resumed, ends bit for bit as if it had not been interrupted.
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -18,7 +17,7 @@ from jax.sharding import Mesh
 
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.train.checkpoint import Checkpointer
-from latent_diffusion_jax.train.metrics import Progress, Writer
+from latent_diffusion_jax.train.metrics import Progress, Values, Writer
 from latent_diffusion_jax.train.objective import Metrics, Objective
 from latent_diffusion_jax.train.sharding import (
     abstract_state,
@@ -44,25 +43,40 @@ class Batches(Protocol):
         """Goes to a position."""
 
 
+Signs = Callable[[Values], Mapping[str, str]]
+
+
 class TrainingDiverged(UserError):  # noqa: N818
-    """A loss or a gradient was not finite; that update was not applied."""
+    """Too many steps in a row had a loss or a gradient that was not finite; none was applied."""
 
 
 @dataclasses.dataclass
 class _Window:
-    """Sums since the last line of the log; in the checkpoint, so that resumed averages agree."""
+    """Sums since the last line of the log; in the checkpoint, so that resumed averages agree.
+
+    `skipped` counts the steps of the run that were not finite, `in_a_row` the newest of them.
+    """
 
     count: int = 0
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    sums: Values = dataclasses.field(default_factory=dict)
+    skipped: int = 0
+    in_a_row: int = 0
 
-    def add(self, values: Mapping[str, float]) -> None:
+    def add(self, values: Values) -> None:
         self.count += 1
-        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
+        self.in_a_row = 0
+        self.sums = {
+            name: np.add(self.sums.get(name, 0.0), value).tolist() for name, value in values.items()
+        }
 
-    def pop(self) -> dict[str, float]:
-        means = {name: value / self.count for name, value in self.sums.items()}
+    def skip(self) -> None:
+        self.skipped += 1
+        self.in_a_row += 1
+
+    def pop(self) -> Values:
+        means = {name: np.divide(value, self.count).tolist() for name, value in self.sums.items()}
         self.count, self.sums = 0, {}
-        return means
+        return {**means, "skipped": self.skipped}
 
 
 class _Log:
@@ -77,10 +91,13 @@ class _Log:
         every: int,
         images: int,
         flops: float,
+        max_skipped: int,
+        signs: Signs,
     ):
         self._window, self._writer, self._progress = window, writer, progress
         self._checkpointer = checkpointer
         self._every, self._images, self._flops = every, images, flops
+        self._max_skipped, self._signs, self._told = max_skipped, signs, set[str]()
         self._pending: tuple[int, Metrics] | None = None
         self._steps, self._seconds, self._mark = 0, 0.0, time.perf_counter()
 
@@ -93,19 +110,23 @@ class _Log:
         """Reads what is pending.
 
         Raises:
-          TrainingDiverged: naming the step and the checkpoint to go back to.
+          TrainingDiverged: naming the steps and the checkpoint to go back to.
         """
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not values.pop("finite"):
-            raise TrainingDiverged(self._diverged(step, values))
+        values = {
+            name: np.asarray(value, np.float64).tolist()
+            for name, value in jax.device_get(metrics).items()
+        }
         now = time.perf_counter()
         self._steps += 1
         self._seconds += now - self._mark
         self._mark = now
-        self._window.add(values)
+        if values.pop("finite"):
+            self._window.add(values)
+        else:
+            self._skip(step, values)
         self._progress.update(step)
         if _is_due(step, self._every):
             self._write(step)
@@ -121,16 +142,28 @@ class _Log:
         self._writer.scalars(
             step, {**values, "images_per_second": images, "flops_per_second": flops}
         )
+        if "loss" not in values:  # every step was skipped, which was said
+            return
         self._progress.line(
             step, f"loss {values['loss']:.4g} {images:.4g} images/s {flops / 1e12:.3g} TFLOP/s"
         )
+        signs = self._signs(values)
+        for name in signs.keys() - self._told:
+            self._progress.note(f"warning: {signs[name]}")
+        self._told = set(signs)
 
-    def _diverged(self, step: int, values: Mapping[str, float]) -> str:
-        bad = ", ".join(f"{k} {v}" for k, v in values.items() if not math.isfinite(v))
+    def _skip(self, step: int, values: Mapping[str, Any]) -> None:
+        self._window.skip()
+        bad = [f"{k} {v}" for k, v in values.items() if not np.all(np.isfinite(v))]
+        what = f"step {step} is not finite ({', '.join(bad)}) and was not applied"
+        if self._window.in_a_row < self._max_skipped:
+            self._progress.note(f"warning: {what}; {self._window.skipped} skipped in all")
+            return
         good = self._checkpointer.last_good_step
-        return (
-            f"step {step} is not finite ({bad or 'a gradient'}) and was not applied; "
-            f"last good checkpoint: {'none' if good is None else f'step {good}'}"
+        raise TrainingDiverged(
+            f"{what}, nor were the {self._window.in_a_row - 1} before it: lower optim.lr, set"
+            " optim.clip_norm=1, or use dtype=float32; last good checkpoint:"
+            f" {'none' if good is None else f'step {good}'}"
         )
 
 
@@ -138,11 +171,13 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _fine_tune(objective: Objective, weights: TrainState, abstract: TrainState) -> TrainState:
+def _fine_tune(
+    objective: Objective, weights: TrainState, abstract: TrainState, key: jax.Array
+) -> TrainState:
     """The first state of a training that starts from weights, which it takes over."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     start = jax.jit(objective.start, donate_argnums=(0, 1), out_shardings=shardings)
-    return start(weights.params, weights.ema)
+    return start(weights.params, weights.ema, key)
 
 
 def _compile(
@@ -172,9 +207,11 @@ def train(
     image_every: int,
     checkpoint_every: int,
     meta: Mapping[str, Any],
-    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+    evaluate: Callable[[TrainState], Values] | None = None,
     visualise: Callable[[TrainState, int], Mapping[str, np.ndarray]] | None = None,
+    signs: Signs = lambda means: {},
     accumulate: int = 1,
+    max_skipped: int = 10,
 ) -> TrainState:
     """Trains up to `steps`, from the newest good checkpoint where there is one, and saves.
 
@@ -195,10 +232,13 @@ def train(
       checkpoint_every: steps between checkpoints. An interval of 0 is never, but evaluation,
         pictures and a checkpoint always end the run.
       meta: JSON stored in every checkpoint, beside `data` and `window`, which are added here.
+      signs: averages -> lines on what goes wrong, by a short name; each is printed when it appears.
       accumulate: that of the objective, to count FLOPs.
+      max_skipped: a step whose loss or gradient is not finite is skipped and counted; so many in a
+        row end the run.
 
     Raises:
-      TrainingDiverged: a loss or gradient was not finite.
+      TrainingDiverged: `max_skipped` steps in a row were not finite.
       Stopped: SIGTERM or Ctrl-C; the state is saved.
       UserError: the batch does not divide by the devices; a checkpoint cannot be read or written.
     """
@@ -208,7 +248,7 @@ def train(
     if restored is None:
         start, state = 0, init_sharded(objective.init, key, mesh)
     elif restored[1].opt_state is None:  # weights from elsewhere
-        start, state = 0, _fine_tune(objective, restored[1], abstract)
+        start, state = 0, _fine_tune(objective, restored[1], abstract, key)
     else:
         start, state, saved = restored
         batches.set_state(saved["data"])
@@ -233,7 +273,17 @@ def train(
         train_step, flops = _compile(objective, state, frozen, batch, key, mesh)
         images = jax.tree.leaves(batch)[0].shape[0]
         progress = Progress(steps, start)
-        log = _Log(window, writer, progress, checkpointer, log_every, images, flops * accumulate)
+        log = _Log(
+            window,
+            writer,
+            progress,
+            checkpointer,
+            every=log_every,
+            images=images,
+            flops=flops * accumulate,
+            max_skipped=max_skipped,
+            signs=signs,
+        )
         with contextlib.closing(progress):
             for step in range(start + 1, steps + 1):
                 state, metrics = train_step(state, frozen, batch, key)
@@ -242,7 +292,7 @@ def train(
                 due = [act for every, act in pauses if step == steps or _is_due(step, every)]
                 due = [save] if signal else due
                 if due:
-                    log.flush()  # no act of ours must follow a step that was not finite
+                    log.flush()  # so that the window, and the log before a picture, are complete
                     for act in due:
                         act(step, state)
                     log.resume()

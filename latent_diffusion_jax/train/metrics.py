@@ -18,15 +18,25 @@ from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
+Values = dict[str, Any]  # float, or a list of them: one number per channel
 
-def average(metrics: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The mean of each metric over batches, such as those of an objective's `eval_step`."""
+
+def average(metrics: Iterable[Mapping[str, Any]]) -> Values:
+    """The mean of each metric over batches, such as those of an objective's `eval_step`.
+
+    Arrays [n] are averaged number by number.
+    """
+
+    def start(value: jax.Array) -> Average:
+        return Average.from_model_output(values=value)
+
     total: dict[str, Average] = {}
     for batch in metrics:
         for name, value in batch.items():
-            one = Average.from_model_output(values=jnp.asarray(value))
+            value = jnp.asarray(value)
+            one = jax.vmap(start)(value) if value.ndim else start(value)
             total[name] = total[name].merge(one) if name in total else one
-    return {name: float(value.compute()) for name, value in total.items()}
+    return {name: np.asarray(value.compute()).tolist() for name, value in total.items()}
 
 
 def grid(images: np.ndarray, columns: int) -> np.ndarray:
@@ -78,14 +88,18 @@ class Writer:
         # Files are named by the second: the suffix keeps a quick restart off its predecessor's.
         self._board = SummaryWriter(board, purge_step=step + 1, filename_suffix=f".from{step}")
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line to metrics.jsonl, and the values to TensorBoard."""
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one line to metrics.jsonl, and to TensorBoard: of a list, each as NAME/i."""
         if self._board is None:
             return
         with self._jsonl.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            if not isinstance(value, list):
+                self._board.add_scalar(name, value, step)
+                continue
+            for i, number in enumerate(value):
+                self._board.add_scalar(f"{name}/{i}", number, step)
 
     def images(self, step: int, images: Mapping[str, np.ndarray], columns: int = 8) -> None:
         """Writes `images/{name}_{step}.png`, a grid of [N, H, W, C], and to TensorBoard."""
@@ -112,7 +126,7 @@ def _is_up_to(step: int, line: str) -> bool:
         return False
 
 
-def read_jsonl(path: str) -> list[dict[str, float]]:
+def read_jsonl(path: str) -> list[Values]:
     """The lines of a metrics.jsonl."""
     return [json.loads(line) for line in epath.Path(path).read_text().splitlines()]
 
@@ -125,9 +139,12 @@ def plot_curves(jsonl: str, png: str, keys: Sequence[str]) -> None:
     figure = Figure(figsize=(4.5 * len(keys), 3.2), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
         points = [(line["step"], line[key]) for line in lines if key in line]
-        axes.plot(*zip(*points), linewidth=1)
+        if not points:
+            axes.text(0.5, 0.5, "not logged", ha="center", transform=axes.transAxes)
+            continue
+        axes.plot(*zip(*points), linewidth=1)  # of a list, a line each
         axes.set(xlabel="step", title=key)
-        if points and min(value for _, value in points) > 0:
+        if np.min([value for _, value in points]) > 0:
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
     with epath.Path(png).open("wb") as file:
@@ -169,6 +186,13 @@ class Progress:
                 file=self._stream,
                 flush=True,
             )
+
+    def note(self, text: str) -> None:
+        """Says something on a line of its own, which stays above the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        elif not self._silent:
+            print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Ends the bar's line."""

@@ -1,7 +1,4 @@
-"""A phase of training as three pure functions, and the one way to make them from a loss.
-
-`accumulate_gradients` and `keep_if_finite` also serve phases with several optimisers.
-"""
+"""A phase of training as pure functions, and the one way to make them from its gradients."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +16,7 @@ from latent_diffusion_jax.train.state import (
     update_ema,
 )
 
-Metrics = dict[str, jax.Array]  # float32 []
+Metrics = dict[str, jax.Array]  # float32 [], or [n]: one number per channel
 Batch = Mapping[str, jax.Array]  # [B, ...]
 Loss = Callable[[Params, Any, Batch, jax.Array, bool], tuple[jax.Array, Metrics]]
 
@@ -31,30 +28,62 @@ class Objective(NamedTuple):
     """
 
     init: Callable[[jax.Array], TrainState]  # (key)
-    start: Callable[..., TrainState]  # (params, ema): step 0 of a training from weights
+    start: Callable[..., TrainState]  # (params, ema, key): step 0 of a training from weights
     train_step: Callable[..., tuple[TrainState, Metrics]]  # (state, frozen, batch, key)
     eval_step: Callable[..., Metrics]  # (state, frozen, batch, key)
 
 
+class Criterion(NamedTuple):
+    """What a phase minimises.
+
+    gradients: functions (params, buffers, frozen, batch, key, step) -> (buffers, gradients,
+      metrics), gradients of some networks, by name. They take turns within a step: the second sees
+      what the first one's gradients made of the parameters.
+    evaluate: (params, buffers, frozen, batch, key) -> metrics.
+    init_buffers: what networks carry from step to step without gradients.
+    revise: (params, buffers) -> (params, buffers), at the end of a step.
+    """
+
+    gradients: Sequence[Callable[..., tuple[Params, Params, Metrics]]]
+    evaluate: Callable[..., Metrics]
+    init_buffers: Callable[[], Params] = dict
+    revise: Callable[[Params, Params], tuple[Params, Params]] = lambda *both: both
+
+
+def from_loss(loss: Loss) -> Criterion:
+    """The criterion of `loss(params, frozen, batch, key, train)` -> a scalar and metrics."""
+
+    def gradients(params, buffers, frozen, batch, key, step):
+        del step
+        grad = jax.value_and_grad(loss, has_aux=True)
+        (value, metrics), found = grad(params, frozen, batch, key, True)
+        return buffers, found, {**metrics, "loss": value}
+
+    def evaluate(params, buffers, frozen, batch, key):
+        value, metrics = loss(params, frozen, batch, key, False)
+        return {**metrics, "loss": value}
+
+    return Criterion([gradients], evaluate)
+
+
 def accumulate_gradients(
-    loss: Callable[[Any, Batch, jax.Array], tuple[jax.Array, Metrics]],
-    params: Any,
+    gradients: Callable[[Params, Batch, jax.Array], tuple[Params, Params, Metrics]],
+    buffers: Params,
     batch: Batch,
     key: jax.Array,
     accumulate: int,
-) -> tuple[Any, jax.Array, Metrics]:
-    """Gradients, loss and metrics of `loss(params, batch, key)`, means over micro-batches.
+) -> tuple[Params, Params, Metrics]:
+    """Means of `gradients(buffers, batch, key)` and its metrics over micro-batches.
 
     Row i of the batch belongs to micro-batch i mod `accumulate`, so that every device keeps the
-    rows it holds: splitting into consecutive blocks would move nearly all of them.
+    rows it holds: splitting into consecutive blocks would move nearly all of them. Buffers go from
+    one micro-batch to the next.
 
     Raises:
       UserError: the batch does not divide.
     """
-    grad = jax.value_and_grad(loss, has_aux=True)
     if accumulate == 1:
-        (value, metrics), gradients = grad(params, batch, key)
-        return gradients, value, metrics
+        return gradients(buffers, batch, key)
 
     def split(x: jax.Array) -> jax.Array:
         if x.shape[0] % accumulate:
@@ -63,18 +92,18 @@ def accumulate_gradients(
             )
         return jnp.moveaxis(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 1, 0)
 
-    def add(total: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-        i, micro_batch = part
-        return jax.tree.map(
-            jnp.add, total, grad(params, micro_batch, jax.random.fold_in(key, i))
-        ), None
+    def add(carry: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        (buffers, *total), (i, micro_batch) = carry, part
+        buffers, *found = gradients(buffers, micro_batch, jax.random.fold_in(key, i))
+        return (buffers, *jax.tree.map(jnp.add, total, found)), None
 
     parts = (jnp.arange(accumulate), jax.tree.map(split, batch))
-    shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], parts[1]), key)
+    first = jax.tree.map(lambda x: x[0], parts[1])
+    _, *shapes = jax.eval_shape(gradients, buffers, first, key)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, parts)
-    (value, metrics), gradients = jax.tree.map(lambda x: x / accumulate, total)
-    return gradients, value, metrics
+    (buffers, *total), _ = jax.lax.scan(add, (buffers, *zeros), parts)
+    found, metrics = jax.tree.map(lambda x: x / accumulate, total)
+    return buffers, found, metrics
 
 
 def keep_if_finite(finite: jax.Array, new: Any, old: Any) -> Any:
@@ -85,63 +114,72 @@ def keep_if_finite(finite: jax.Array, new: Any, old: Any) -> Any:
 def make_objective(
     *,
     init_params: Callable[[jax.Array], Params],
-    loss: Loss,
-    tx: optax.GradientTransformation,
+    criterion: Criterion,
+    optimizers: Mapping[str, optax.GradientTransformation],
     lr_at: Callable[[jax.Array], jax.Array] | None = None,
     accumulate: int = 1,
     ema_decay: float = 0.9999,
     ema_networks: Sequence[str] = (),
 ) -> Objective:
-    """Makes the objective of a phase with one optimiser.
+    """Makes the objective of a phase.
 
-    `loss(params, frozen, batch, key, train)` returns a scalar and scalar metrics. To those the
-    step adds loss, grad_norm (before clipping), finite and, with `lr_at(step)`, lr. Evaluation
-    uses the averaged weights where there are some.
+    `optimizers` has one for each network. To the criterion's metrics, which hold loss, the step
+    adds grad_norm_NAME of each network (before clipping), finite and, with `lr_at(step)`, lr.
+    Evaluation uses the averaged weights where there are some.
 
     Raises:
       UserError: from `init`, an `ema_networks` name that is not trained; from the step, a batch
         that does not divide by `accumulate`.
     """
 
-    def start(params: Params, ema: Params) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema)
+    def start(params: Params, ema: Params, key: jax.Array) -> TrainState:
+        params = {**init_params(key), **params}  # a discriminator does not come with weights
+        opt_state = {name: optimizers[name].init(tree) for name, tree in params.items()}
+        return TrainState(
+            jnp.zeros((), jnp.int32), params, opt_state, ema, criterion.init_buffers()
+        )
 
     def init(key: jax.Array) -> TrainState:
         params = init_params(key)
-        return start(params, init_ema(params, ema_networks))
+        return start(params, init_ema(params, ema_networks), key)
 
     def train_step(
         state: TrainState, frozen: Any, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        gradients, value, metrics = accumulate_gradients(
-            lambda params, part, key: loss(params, frozen, part, key, True),
-            state.params,
-            batch,
-            jax.random.fold_in(key, state.step),
-            accumulate,
-        )
-        grad_norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        key = jax.random.fold_in(key, state.step)
+        params, opt_state, buffers = dict(state.params), dict(state.opt_state), state.buffers
+        metrics: Metrics = {}
+
+        def turn(gradients, params, buffers):
+            def of_part(buffers, part, key):
+                return gradients(params, buffers, frozen, part, key, state.step)
+
+            return accumulate_gradients(of_part, buffers, batch, key, accumulate)
+
+        for gradients in criterion.gradients:
+            buffers, found, seen = turn(gradients, params, buffers)
+            metrics |= seen
+            for name, gradient in found.items():
+                metrics[f"grad_norm_{name}"] = optax.tree.norm(gradient)
+                updates, opt_state[name] = optimizers[name].update(
+                    gradient, opt_state[name], params[name]
+                )
+                params[name] = optax.apply_updates(params[name], updates)
+        params, buffers = criterion.revise(params, buffers)
         ema = update_ema(state.ema, params, state.step + 1, ema_decay)
+        norms = [value for name, value in metrics.items() if name.startswith("grad_norm_")]
+        finite = jnp.all(jnp.isfinite(jnp.stack([metrics["loss"], *norms])))
         new = keep_if_finite(
             finite,
-            (params, opt_state, ema),
-            (state.params, state.opt_state, state.ema),
+            (params, opt_state, ema, buffers),
+            (state.params, state.opt_state, state.ema, state.buffers),
         )
-        metrics = {
-            **metrics,
-            "loss": value,
-            "grad_norm": grad_norm,
-            "finite": finite.astype(jnp.float32),
-        }
+        metrics["finite"] = finite.astype(jnp.float32)
         if lr_at is not None:
             metrics["lr"] = lr_at(state.step)
         return TrainState(state.step + 1, *new), metrics
 
     def eval_step(state: TrainState, frozen: Any, batch: Batch, key: jax.Array) -> Metrics:
-        value, metrics = loss(sampling_params(state), frozen, batch, key, False)
-        return {**metrics, "loss": value}
+        return criterion.evaluate(sampling_params(state), state.buffers, frozen, batch, key)
 
     return Objective(init, start, train_step, eval_step)

@@ -75,25 +75,18 @@ def init_sharded(init: Callable[[jax.Array], Any], key: jax.Array, mesh: Mesh) -
     return jax.jit(init, out_shardings=shardings)(key)
 
 
-def make_gather(mesh: Mesh) -> Callable[[Any], Any]:
-    """Builds tree -> the same tree, whole on every device, for what networks read inside a jit.
+def gather(mesh: Mesh, tree: Any) -> Any:
+    """Inside a jit: the same tree, whole on every device, for networks to read.
 
-    Its gradients go back split, as the weights lie. Left to propagate shardings by itself, XLA
-    splits activations along the channels of split kernels, which compiles for minutes.
+    Left to propagate shardings by itself, XLA splits activations along the channels of split
+    kernels, which compiles for minutes.
     """
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
-    @jax.custom_vjp
-    def gather(tree):
-        return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
-    def forward(tree):
-        return gather(tree), None
-
-    def backward(_, gradients):
-        return (jax.lax.with_sharding_constraint(gradients, state_shardings(gradients, mesh)),)
-
-    gather.defvjp(forward, backward)
-    return gather
+def split(mesh: Mesh, tree: Any) -> Any:
+    """Inside a jit: back to how state lies, for the gradients of what was gathered."""
+    return jax.lax.with_sharding_constraint(tree, state_shardings(tree, mesh))
 
 
 def put_tree(mesh: Mesh, tree: Any) -> Any:

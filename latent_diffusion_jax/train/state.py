@@ -13,16 +13,21 @@ from flax import struct
 from latent_diffusion_jax.errors import choose
 
 Params = dict[str, Any]  # network name -> parameter tree
+TRAINING_ONLY = ("discriminator",)  # networks that no image is made with
 
 
 @struct.dataclass
 class TrainState:
-    """Dicts are keyed by network (autoencoder, discriminator | unet); `ema` by some of them."""
+    """Dicts are keyed by network (autoencoder, discriminator | unet); `ema` by some of them.
+
+    `buffers` is what networks carry without gradients, such as running statistics.
+    """
 
     step: jax.Array  # int32 []: updates done
     params: Params
     opt_state: Any
     ema: Params
+    buffers: Params = struct.field(default_factory=dict)
 
 
 def sampling_params(state: TrainState) -> Params:

@@ -111,18 +111,53 @@ def test_broken_checkpoint_costs_only_time(straight, tmp_path):
     assert_as_if_uninterrupted(straight, state, tmp_path)
 
 
-def test_divergence_names_the_step_and_the_checkpoint(tmp_path):
-    bad = toy.Batches(bad_index=6)
-    with pytest.raises(TrainingDiverged, match=r"step 7 .*loss nan.*checkpoint: step 4"):
-        toy.train(tmp_path, steps=10, mesh=mesh(), batches=bad)
+def test_bad_steps_are_skipped_and_counted(tmp_path, capsys):
+    bad = toy.Batches(bad=(3, 6))  # the first in the very step that is saved
+    state = toy.train(tmp_path, steps=10, mesh=mesh(), batches=bad, max_skipped=2)
+    assert state.step == 10
+    lines = curves(tmp_path)
+    assert [line["skipped"] for line in lines] == [0, 1, 2]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    warnings = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning")]
+    assert [w.split(" (")[0] for w in warnings] == [
+        "warning: step 4 is not finite",
+        "warning: step 7 is not finite",
+    ]
+    assert "loss nan" in warnings[0]
+    assert warnings[1].endswith("2 skipped in all")
+
+
+def test_skipped_steps_are_counted_over_a_restart(tmp_path):
+    def run(workdir, steps):
+        bad = toy.Batches(bad=(3, 4, 6))
+        state = toy.train(workdir, steps=steps, mesh=mesh(), batches=bad, max_skipped=3)
+        return state, curves(workdir)
+
+    straight = run(tmp_path / "straight", 10)
+    run(tmp_path / "resumed", 4)
+    resumed = run(tmp_path / "resumed", 10)
+    toy.assert_same_bits(straight[0], resumed[0])
+    assert straight[1] == resumed[1]
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_with_advice(tmp_path):
+    bad = toy.Batches(bad=(2, 5, 6, 7))
+    advice = r"step 8 .*loss nan.* nor were the 2 before it: lower optim.lr, .*checkpoint: step 4"
+    with pytest.raises(TrainingDiverged, match=advice):
+        toy.train(tmp_path, steps=10, mesh=mesh(), batches=bad, max_skipped=3)
     assert steps_saved(tmp_path) == [4]
 
 
-def test_no_checkpoint_follows_a_bad_step(tmp_path):
-    bad = toy.Batches(bad_index=3)  # in the very step that would be saved
-    with pytest.raises(TrainingDiverged, match=r"step 4 .*checkpoint: none"):
-        toy.train(tmp_path, steps=10, mesh=mesh(), batches=bad)
-    assert steps_saved(tmp_path) == []
+def test_signs_of_trouble_are_said_once_while_they_last(tmp_path, capsys):
+    def signs(means):
+        assert np.isfinite(means["loss"])
+        seen.append(1)
+        return {"odd": "something is odd"} if len(seen) in (1, 2, 4) else {}
+
+    seen = []
+    toy.train(tmp_path, steps=5, mesh=make_mesh(data=1), log_every=1, signs=signs)
+    out = capsys.readouterr().out
+    assert out.count("warning: something is odd") == 2
 
 
 def test_nothing_is_compiled_when_the_steps_are_done(straight, tmp_path):

@@ -1,28 +1,38 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from latent_diffusion_jax.errors import UserError
-from latent_diffusion_jax.train.objective import accumulate_gradients
+from latent_diffusion_jax.train.objective import (
+    Criterion,
+    accumulate_gradients,
+    from_loss,
+    make_objective,
+)
 from tests.train import toy
 
 KEY = jax.random.key(0)
 
 
 def gradients(accumulate, loss=toy.mean_loss):
-    return accumulate_gradients(
-        lambda params, batch, key: loss(params, toy.FROZEN, batch, key, True),
-        toy.init_params(KEY),
-        toy.rows(0),
-        KEY,
-        accumulate,
-    )
+    (of_loss,) = from_loss(loss).gradients
+
+    def of_part(buffers, batch, key):
+        _, found, metrics = of_loss(toy.init_params(KEY), {}, toy.FROZEN, batch, key, 0)
+        return {"seen": buffers["seen"] + len(batch["x"])}, found, metrics
+
+    return accumulate_gradients(of_part, {"seen": 0}, toy.rows(0), KEY, accumulate)
 
 
 def test_accumulation_equals_the_plain_step_for_a_mean_loss():
-    for plain, parts in zip(*(jax.tree.leaves(gradients(n)) for n in (1, 4))):
+    for plain, parts in zip(*(jax.tree.leaves(gradients(n)) for n in (1, 4)), strict=True):
         np.testing.assert_allclose(parts, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_buffers_go_from_one_micro_batch_to_the_next():
+    assert gradients(4)[0]["seen"] == 16
 
 
 def test_micro_batches_draw_noise_of_their_own():
@@ -44,7 +54,8 @@ def test_one_step():
     objective = toy.make()
     state = objective.init(KEY)
     new, metrics = jax.jit(objective.train_step)(state, toy.FROZEN, toy.rows(0), KEY)
-    assert set(metrics) == {"loss", "mse", "grad_norm", "lr", "finite"}
+    norms = {"grad_norm_net", "grad_norm_head"}
+    assert set(metrics) == {"loss", "mse", "lr", "finite"} | norms
     assert new.step == 1
     assert metrics["finite"] == 1
     np.testing.assert_allclose(metrics["lr"], 1e-2)
@@ -103,3 +114,42 @@ def test_evaluation_uses_the_averaged_weights():
         averaged["loss"], objective.eval_step(moved, toy.FROZEN, batch, KEY)["loss"]
     )
     assert set(averaged) == {"loss", "mse"}
+
+
+def test_networks_take_turns_and_buffers_are_revised():
+    """The second turn sees what the first made of its network; a bad step reverts buffers too."""
+
+    def net(params, buffers, frozen, batch, key, step):
+        value = jnp.sum(params["net"]["w"] * batch["x"][0])
+        return {**buffers, "n": buffers["n"] + 1}, {"net": {"w": jnp.ones(2)}}, {"loss": value}
+
+    def head(params, buffers, frozen, batch, key, step):
+        return buffers, {"head": {"w": params["net"]["w"]}}, {}
+
+    def revise(params, buffers):
+        return {**params, "net": {"w": params["net"]["w"] + 10}}, {**buffers, "revised": 1}
+
+    objective = make_objective(
+        init_params=lambda key: {"net": {"w": jnp.zeros(2)}, "head": {"w": jnp.zeros(2)}},
+        criterion=Criterion(
+            [net, head], lambda *args: {}, lambda: {"n": jnp.int32(0), "revised": 0}, revise
+        ),
+        optimizers={"net": optax.sgd(1.0), "head": optax.sgd(2.0)},
+    )
+    state = objective.init(KEY)
+    state, metrics = objective.train_step(state, {}, {"x": jnp.ones((1, 2))}, KEY)
+    np.testing.assert_array_equal(state.params["net"]["w"], [9, 9])  # 0 - 1, then + 10
+    np.testing.assert_array_equal(state.params["head"]["w"], [2, 2])  # 0 - 2 * -1
+    assert (state.buffers["n"], state.buffers["revised"]) == (1, 1)
+    assert metrics["grad_norm_net"] == metrics["grad_norm_head"] == np.float32(np.sqrt(2))
+    bad, metrics = objective.train_step(state, {}, {"x": jnp.full((1, 2), jnp.nan)}, KEY)
+    assert metrics["finite"] == 0
+    toy.assert_same_bits(bad.replace(step=state.step), state)
+
+
+def test_networks_that_weights_lack_start_anew():
+    objective = toy.make(ema_networks=())
+    head = {"c": jnp.full((512, 1), 7.0)}
+    state = objective.start({"head": head}, {}, KEY)
+    np.testing.assert_array_equal(state.params["head"]["c"], head["c"])
+    np.testing.assert_array_equal(state.params["net"]["a"], toy.init_params(KEY)["net"]["a"])

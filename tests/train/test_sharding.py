@@ -48,8 +48,8 @@ def test_the_largest_dimension_that_divides_is_split():
 def test_state_is_born_in_its_place():
     state = init_sharded(toy.make().init, KEY, make_mesh(fsdp=4))
     whole = toy.make().init(KEY)
-    moments = state.opt_state[1][0].mu
-    for tree in (state.params, state.ema, moments):
+    moments = state.opt_state["net"][1][0].mu
+    for tree in (state.params, state.ema, {"net": moments}):
         assert tree["net"]["b"].addressable_shards[0].data.shape == (toy.WIDTH, 128)
         assert tree["net"]["a"].addressable_shards[0].data.shape == (16, toy.WIDTH)
     np.testing.assert_allclose(state.params["net"]["b"], whole.params["net"]["b"], atol=1e-6)

@@ -11,7 +11,7 @@ import numpy as np
 from latent_diffusion_jax.train import loop
 from latent_diffusion_jax.train.checkpoint import Checkpointer
 from latent_diffusion_jax.train.metrics import Writer
-from latent_diffusion_jax.train.objective import make_objective
+from latent_diffusion_jax.train.objective import from_loss, make_objective
 from latent_diffusion_jax.train.optim import make_optimizer
 from latent_diffusion_jax.train.sharding import make_mesh
 
@@ -61,8 +61,8 @@ def make(loss=noisy_loss, **options):
     tx, lr_at = make_optimizer(**OPTIM)
     return make_objective(
         init_params=init_params,
-        loss=loss,
-        tx=tx,
+        criterion=from_loss(loss),
+        optimizers={"net": tx, "head": tx},
         lr_at=lr_at,
         **{"ema_decay": 0.99, "ema_networks": ("net",), **options},
     )
@@ -77,12 +77,12 @@ def rows(index, size=16):
 class Batches:
     """Batch i follows from i alone."""
 
-    def __init__(self, bad_index=None):
-        self.index, self.bad_index = 0, bad_index
+    def __init__(self, bad=()):
+        self.index, self.bad = 0, bad
 
     def __next__(self):
         batch = rows(self.index)
-        if self.index == self.bad_index:
+        if self.index in self.bad:
             batch["x"][3, 5] = np.nan
         self.index += 1
         return batch
