@@ -306,6 +306,8 @@ def denoise_network(config: ConfigDict) -> Callable[..., jax.Array]:
 
 def adversary(config: ConfigDict) -> Adversary | None:
     """The discriminator of phase 1; None of kind "none"."""
+    if "discriminator" not in config:
+        raise UserError("config lacks section discriminator (kind='none' is without one)")
     section = dict(config.discriminator)
     kind = section.pop("kind")
     section.pop("optim", None)

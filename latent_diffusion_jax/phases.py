@@ -26,7 +26,7 @@ from latent_diffusion_jax.data.latents import Latents, write_latents
 from latent_diffusion_jax.data.loader import make_loader
 from latent_diffusion_jax.errors import UserError, choose, differences
 from latent_diffusion_jax.first_stage.losses import use_of_codes
-from latent_diffusion_jax.first_stage.objective import signs_of_trouble
+from latent_diffusion_jax.first_stage.quality import signs_of_trouble
 from latent_diffusion_jax.train.checkpoint import write_config, write_weights
 from latent_diffusion_jax.train.checksum import checksums
 from latent_diffusion_jax.train.metrics import Progress, Values, average

@@ -29,7 +29,7 @@ from latent_diffusion_jax.diffusion.prediction import make_denoise
 from latent_diffusion_jax.diffusion.samplers import image_keys, image_noise, make_sampler, sample
 from latent_diffusion_jax.diffusion.schedule import make_timesteps
 from latent_diffusion_jax.errors import UserError
-from latent_diffusion_jax.first_stage.objective import quality
+from latent_diffusion_jax.first_stage.quality import quality
 from latent_diffusion_jax.train.checkpoint import Checkpointer
 from latent_diffusion_jax.train.metrics import Progress, grid
 from latent_diffusion_jax.train.sharding import (

@@ -9,10 +9,9 @@ term's gradients by the image are taken first; lambda needs both at the decoder'
 so the last convolution's vjp is pulled back twice, and all that lies before it once, with the sum.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import dm_pix
 import jax
 import jax.numpy as jnp
 
@@ -28,11 +27,15 @@ from latent_diffusion_jax.first_stage.losses import (
     use_of_codes,
 )
 from latent_diffusion_jax.first_stage.lpips import Lpips
-from latent_diffusion_jax.first_stage.quantize import codebook_loss
+from latent_diffusion_jax.first_stage.quality import quality
+from latent_diffusion_jax.first_stage.quantize import (
+    codebook_loss,
+    init_use,
+    note_use,
+    restart_unused,
+)
 from latent_diffusion_jax.first_stage.stage import FirstStage
 from latent_diffusion_jax.train.objective import Criterion
-
-SSIM_WINDOW = 11  # pixels
 
 
 class Latent(NamedTuple):
@@ -113,192 +116,169 @@ def make_criterion(
     """
     regulariser = choose("trainable first stage", kind, REGULARISERS)(stage, **terms)
     pixel_loss = choose("pixel loss", pixel, PIXEL_LOSSES)
-    autoencoder: Any = stage.autoencoder
     if restart_after and kind != "vq":
         raise UserError(f"loss.restart_after={restart_after}: first stage {kind!r} has no codebook")
-    lpips: Any = Lpips(autoencoder.dtype)
+    loss = _Loss(
+        stage.autoencoder, regulariser, adversary, pixel_loss, perceptual_weight, restart_after
+    )
+    turns = [loss.of_both]
+    if adversary is not None and adversary.second_forward:
+        turns = [loss.of_autoencoder, loss.of_discriminator]
+    return Criterion(turns, loss.evaluate, loss.init_buffers, loss.revise)
 
-    def latent_of(params, image, key, train):
-        """The latent, and apply(method, x) with dropout keys of their own."""
+
+class _Loss(NamedTuple):
+    """The parts of the loss, and the functions of a `Criterion` that are made of them."""
+
+    autoencoder: Any
+    regulariser: Regulariser
+    adversary: Adversary | None
+    pixel_loss: Callable[[jax.Array, jax.Array], jax.Array]
+    perceptual_weight: float
+    restart_after: int
+
+    def of_both(self, params, buffers, frozen, batch, key, step):
+        """The discriminator's gradients too, of the reconstruction that is there."""
+        tape = self._backward(params, buffers, frozen, batch["image"], key, step)
+        buffers, found, metrics = tape.buffers, {"autoencoder": tape.gradients}, tape.metrics
+        if self.adversary is not None:
+            real, pull_real, buffers = judge(self.adversary, params, buffers, batch["image"])
+            found["discriminator"], more = discriminator_gradients(
+                self.adversary, (real, pull_real), tape.fake, step
+            )
+            metrics = {**metrics, **more}
+        return buffers, found, metrics
+
+    def of_autoencoder(self, params, buffers, frozen, batch, key, step):
+        """The first turn of the published form."""
+        tape = self._backward(params, buffers, frozen, batch["image"], key, step)
+        return tape.buffers, {"autoencoder": tape.gradients}, tape.metrics
+
+    def of_discriminator(self, params, buffers, frozen, batch, key, step):
+        """The second turn: of another reconstruction, by the updated autoencoder."""
+        del frozen
+        assert self.adversary is not None
+        image, key = batch["image"], jax.random.fold_in(key, 1)
+        latent, apply = self._latent(params["autoencoder"], image, key, train=True)
+        real, pull_real, buffers = judge(self.adversary, params, buffers, image)
+        image_hat = apply("decode", latent.decoded)
+        fake, pull_fake, buffers = judge(self.adversary, params, buffers, image_hat)
+        found, metrics = discriminator_gradients(
+            self.adversary, (real, pull_real), (fake, pull_fake), step
+        )
+        return buffers, {"discriminator": found}, metrics
+
+    def _backward(self, params, buffers, frozen, image, key, step) -> "_Tape":
+        """Forward and backward through the autoencoder."""
+        network, fake = params["autoencoder"], None
+
+        def features(network):
+            latent, apply = self._latent(network, image, key, train=True)
+            return (apply("features", latent.decoded), latent.penalty), latent
+
+        def last(params, h):
+            return last_convolution(self.autoencoder, params, h)
+
+        (h, penalty), pull_features, latent = jax.vjp(features, network, has_aux=True)
+        image_hat, pull_last = jax.vjp(last, network["decoder"]["conv_out"], h)
+        nll = jax.value_and_grad(self._nll, has_aux=True)
+        (value, metrics), d_nll = nll(image_hat, image, frozen)
+        total = pull_last(d_nll)  # by the last convolution's parameters, by h
+        metrics |= {"loss": value + penalty, **latent.metrics, **_statistics(latent.z)}
+        metrics["l1"] = jnp.mean(jnp.abs(image - image_hat))
+        if self.adversary is not None:
+            logits, pull, buffers = judge(self.adversary, params, buffers, image_hat)
+            generator, d_logits = jax.value_and_grad(generator_loss)(logits)
+            adversarial = pull_last(pull(d_logits)[1])
+            weight = adaptive_weight(total[0]["kernel"], adversarial[0]["kernel"])
+            weight *= self.adversary.weight
+            scale = weight * self.adversary.factor_at(step)
+            total = jax.tree.map(lambda a, b: a + scale.astype(b.dtype) * b, total, adversarial)
+            metrics["loss"] += scale * generator
+            metrics |= {"generator_loss": generator, "adaptive_weight": weight}
+            fake = logits, pull
+        (found,) = pull_features((total[1], jnp.ones_like(penalty)))
+        found = {**found, "decoder": {**found["decoder"], "conv_out": total[0]}}
+        if latent.codes is not None:
+            metrics |= use_of_codes(latent.codes)
+        if self.restart_after:
+            use = note_use(buffers["codebook"], latent.codes, latent.z, jax.random.fold_in(key, 2))
+            buffers = {**buffers, "codebook": use}
+        return _Tape(found, buffers, metrics, fake)
+
+    def _latent(self, params, image, key, train):
+        """The latent, and apply(method, x) of the autoencoder, with dropout keys of their own."""
         latent_key, *keys = jax.random.split(key, 3)
         dropout = dict(zip(("encode", "decode"), keys, strict=True))
 
         def apply(method, x):
             key = dropout["encode" if method == "encode" else "decode"]
             rngs = {"dropout": key} if train else None
-            return autoencoder.apply({"params": params}, x, train, method=method, rngs=rngs)
+            return self.autoencoder.apply({"params": params}, x, train, method=method, rngs=rngs)
 
-        return regulariser.latent(apply, params, image, latent_key, train), apply
+        return self.regulariser.latent(apply, params, image, latent_key, train), apply
 
-    def nll_of(image_hat, image, frozen):
-        error = pixel_loss(image, image_hat)
+    def _nll(self, image_hat, image, frozen):
+        error = self.pixel_loss(image, image_hat)
         metrics = {}
-        if perceptual_weight:
+        if self.perceptual_weight:
+            lpips: Any = Lpips(self.autoencoder.dtype)
             distance = lpips.apply({"params": frozen["lpips"]}, image, image_hat)
             metrics["lpips"] = jnp.mean(distance)
-            error = error + perceptual_weight * distance[:, None, None, None]
-        nll = regulariser.nll(error)
+            error = error + self.perceptual_weight * distance[:, None, None, None]
+        nll = self.regulariser.nll(error)
         return nll, {**metrics, "nll": nll, "rec": jnp.mean(error)}
 
-    def autoencoder_gradients(params, buffers, frozen, batch, key, step):
-        """Of the autoencoder, and what the discriminator's need of it."""
-        image, network = batch["image"], params["autoencoder"]
-
-        def features(network):
-            latent, apply = latent_of(network, image, key, True)
-            return (apply("features", latent.decoded), latent.penalty), latent
-
-        (h, penalty), pull_features, latent = jax.vjp(features, network, has_aux=True)
-        image_hat, pull_last = jax.vjp(
-            lambda *args: last_convolution(autoencoder, *args), network["decoder"]["conv_out"], h
-        )
-        (nll, metrics), d_nll = jax.value_and_grad(nll_of, has_aux=True)(image_hat, image, frozen)
-        total, seen = pull_last(d_nll), None
-        metrics |= {"loss": nll + penalty, **latent.metrics, **_statistics(latent.z)}
-        metrics["l1"] = jnp.mean(jnp.abs(image - image_hat))
-        if adversary is not None:
-            fake, pull, buffers = judge(adversary, params, buffers, image_hat)
-            generator, d_fake = jax.value_and_grad(generator_loss)(fake)
-            adversarial = pull_last(pull(d_fake)[1])
-            weight = adversary.weight * adaptive_weight(
-                total[0]["kernel"], adversarial[0]["kernel"]
-            )
-            scale = weight * adversary.factor_at(step)
-            total = jax.tree.map(lambda a, b: a + scale.astype(b.dtype) * b, total, adversarial)
-            metrics["loss"] += scale * generator
-            metrics |= {"generator_loss": generator, "adaptive_weight": weight}
-            seen = fake, pull
-        (found,) = pull_features((total[1], jnp.ones_like(penalty)))
-        found = {**found, "decoder": {**found["decoder"], "conv_out": total[0]}}
-        if latent.codes is not None:
-            metrics |= use_of_codes(latent.codes)
-        if restart_after:
-            buffers = _note_codes(buffers, latent, jax.random.fold_in(key, 2))
-        return buffers, {"autoencoder": found}, metrics, seen
-
-    def both(params, buffers, frozen, batch, key, step):
-        buffers, found, metrics, seen = autoencoder_gradients(
-            params, buffers, frozen, batch, key, step
-        )
-        if adversary is not None:
-            real, pull_real, buffers = judge(adversary, params, buffers, batch["image"])
-            found["discriminator"], more = discriminator_gradients(
-                adversary, (real, pull_real), seen, step
-            )
-            metrics |= more
-        return buffers, found, metrics
-
-    def autoencoder_alone(*args):
-        return autoencoder_gradients(*args)[:3]
-
-    def discriminator_alone(params, buffers, frozen, batch, key, step):
-        del frozen
-        assert adversary is not None
+    def evaluate(self, params, buffers, frozen, batch, key):
+        """Of the most probable latent, by the running statistics."""
         image = batch["image"]
-        latent, apply = latent_of(params["autoencoder"], image, jax.random.fold_in(key, 1), True)
-        real, pull_real, buffers = judge(adversary, params, buffers, image)
+        latent, apply = self._latent(params["autoencoder"], image, key, train=False)
         image_hat = apply("decode", latent.decoded)
-        fake, pull_fake, buffers = judge(adversary, params, buffers, image_hat)
-        found, metrics = discriminator_gradients(
-            adversary, (real, pull_real), (fake, pull_fake), step
-        )
-        return buffers, {"discriminator": found}, metrics
-
-    def evaluate(params, buffers, frozen, batch, key):
-        image = batch["image"]
-        latent, apply = latent_of(params["autoencoder"], image, key, False)
-        image_hat = apply("decode", latent.decoded)
-        nll, metrics = nll_of(image_hat, image, frozen)
+        nll, metrics = self._nll(image_hat, image, frozen)
         metrics |= {"loss": nll + latent.penalty, **latent.metrics, **_statistics(latent.z)}
         metrics |= quality(image, image_hat)
         if latent.codes is not None:
             metrics["codes"] = latent.codes
-        if adversary is not None:
+        if self.adversary is not None:
             statistics = buffers["discriminator"]
             variables = {"params": params["discriminator"], "batch_stats": statistics}
             for name, x in (("real", image), ("fake", image_hat)):
-                metrics[f"logits_{name}"] = jnp.mean(adversary.network.apply(variables, x, False))
+                logits = self.adversary.network.apply(variables, x, False)
+                metrics[f"logits_{name}"] = jnp.mean(logits)
         return metrics
 
-    def init_buffers():
+    def init_buffers(self):
+        """Running statistics of the discriminator, use of the codebook."""
         buffers = {}
-        if adversary is not None:
-            buffers["discriminator"] = adversary.init(jax.random.key(0))[1]
-        if restart_after:
-            size, dim = autoencoder.codebook_size, autoencoder.embed_dim
-            buffers["codebook"] = {
-                "idle": jnp.zeros((size,), jnp.int32),
-                "used": jnp.zeros((size,), bool),
-                "fresh": jnp.zeros((size, dim)),
-            }
+        if self.adversary is not None:
+            buffers["discriminator"] = self.adversary.init(jax.random.key(0))[1]
+        if self.restart_after:
+            size, dim = self.autoencoder.codebook_size, self.autoencoder.embed_dim
+            buffers["codebook"] = init_use(size, dim)
         return buffers
 
-    def revise(params, buffers):
-        if not restart_after:
+    def revise(self, params, buffers):
+        """Restarts the entries of the codebook that nobody uses."""
+        if not self.restart_after:
             return params, buffers
-        return _restart_codes(params, buffers, restart_after)
-
-    published = adversary is not None and adversary.second_forward
-    turns = [autoencoder_alone, discriminator_alone] if published else [both]
-    return Criterion(turns, evaluate, init_buffers, revise)
-
-
-def _note_codes(buffers, latent, key):
-    codebook = buffers["codebook"]
-    size = len(latent.codes)
-    z = latent.z.reshape(-1, latent.z.shape[-1])
-    fresh = z[jax.random.randint(key, (size,), 0, len(z))]
-    used = codebook["used"] | (latent.codes > 0)
-    return {**buffers, "codebook": {**codebook, "used": used, "fresh": fresh}}
+        network, use = params["autoencoder"], buffers["codebook"]
+        # the entries are all there is in that module
+        (entries,), tree = jax.tree.flatten(network["quantize"])
+        entries, use = restart_unused(entries, use, self.restart_after)
+        network = {**network, "quantize": jax.tree.unflatten(tree, [entries])}
+        return {**params, "autoencoder": network}, {**buffers, "codebook": use}
 
 
-def _restart_codes(params, buffers, after):
-    codebook = buffers["codebook"]
-    idle = jnp.where(codebook["used"], 0, codebook["idle"] + 1)
-    dead = idle >= after
+class _Tape(NamedTuple):
+    """gradients: of the autoencoder; fake: logits of the reconstruction, and their pull."""
 
-    def restart(entries):
-        return jnp.where(dead[:, None], codebook["fresh"], entries)
-
-    network = params["autoencoder"]
-    quantize = jax.tree.map(restart, network["quantize"])  # the codebook is all there is in it
-    codebook = {**codebook, "idle": jnp.where(dead, 0, idle), "used": jnp.zeros_like(dead)}
-    params = {**params, "autoencoder": {**network, "quantize": quantize}}
-    return params, {**buffers, "codebook": codebook}
+    gradients: Any
+    buffers: Any
+    metrics: dict[str, jax.Array]
+    fake: Any
 
 
 def _statistics(z):
     """Mean and standard deviation of each channel [c]: phase 2 wants latents near 0 and 1."""
     axes = tuple(range(z.ndim - 1))
     return {"z_mean": jnp.mean(z, axes), "z_std": jnp.std(z, axes)}
-
-
-def quality(image: Any, image_hat: Any) -> dict[str, jax.Array]:
-    """Means over images [B, H, W, 3] in [-1, 1] of L1, and of PSNR (dB) and SSIM.
-
-    L1 is of values in [-1, 1]. PSNR and SSIM (Wang et al. 2004: Gaussian window of 11 pixels, sigma
-    1.5, per channel, where the window fits) are of values clipped and scaled to [0, 1], of each
-    image by itself; there is no SSIM of images that are smaller than the window.
-    """
-    a, b = ((jnp.clip(x, -1, 1) + 1) / 2 for x in (image, image_hat))
-    found = {"l1": jnp.mean(jnp.abs(image - image_hat)), "psnr": jnp.mean(dm_pix.psnr(a, b))}
-    if min(image.shape[1:3]) >= SSIM_WINDOW:
-        found["ssim"] = jnp.mean(dm_pix.ssim(a, b))
-    return found
-
-
-def signs_of_trouble(means: Mapping[str, Any], codebook_size: int | None) -> dict[str, str]:
-    """Lines on what goes wrong in training, from averages of its metrics; by a short name."""
-    signs = {}
-    if means.get("discriminator_factor", 0) > 0 and means["discriminator_loss"] < 0.1:
-        signs["discriminator"] = (
-            f"the discriminator has won (loss {means['discriminator_loss']:.2g}, logits"
-            f" {means['logits_real']:.2g} real, {means['logits_fake']:.2g} reconstructed) and"
-            " teaches nothing more: lower discriminator.optim.lr, or start it later"
-        )
-    if codebook_size and means["perplexity"] < codebook_size / 100:
-        signs["codebook"] = (
-            f"the codebook has collapsed (perplexity {means['perplexity']:.3g} of"
-            f" {codebook_size} entries): set loss.restart_after, or a smaller codebook"
-        )
-    return signs

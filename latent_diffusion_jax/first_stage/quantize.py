@@ -47,3 +47,35 @@ def codebook_loss(z: jax.Array, entries: jax.Array, beta: float, legacy: bool) -
     codebook = jnp.mean((entries - jax.lax.stop_gradient(z)) ** 2)
     commitment = jnp.mean((jax.lax.stop_gradient(entries) - z) ** 2)
     return beta * codebook + commitment if legacy else codebook + beta * commitment
+
+
+def init_use(size: int, dim: int) -> dict[str, jax.Array]:
+    """What restarts need to know of a codebook [size, dim].
+
+    idle: steps since an entry was used; used: whether it was in this one; fresh: latents to start
+    from.
+    """
+    return {
+        "idle": jnp.zeros((size,), jnp.int32),
+        "used": jnp.zeros((size,), bool),
+        "fresh": jnp.zeros((size, dim)),
+    }
+
+
+def note_use(
+    use: dict[str, jax.Array], codes: jax.Array, z: jax.Array, key: jax.Array
+) -> dict[str, jax.Array]:
+    """Notes a batch: the share [size] of positions that each entry has, and its latents z."""
+    rows = z.reshape(-1, z.shape[-1])
+    fresh = rows[jax.random.randint(key, codes.shape, 0, len(rows))]
+    return {**use, "used": use["used"] | (codes > 0), "fresh": fresh}
+
+
+def restart_unused(
+    entries: jax.Array, use: dict[str, jax.Array], after: int
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """At the end of a step: entries [size, dim] that were idle for `after` steps become latents."""
+    idle = jnp.where(use["used"], 0, use["idle"] + 1)
+    dead = idle >= after
+    entries = jnp.where(dead[:, None], use["fresh"], entries)
+    return entries, {**use, "idle": jnp.where(dead, 0, idle), "used": jnp.zeros_like(dead)}

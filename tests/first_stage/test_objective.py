@@ -8,7 +8,8 @@ import pytest
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.first_stage.adversary import make_adversary
 from latent_diffusion_jax.first_stage.losses import hinge, nll_sum, use_of_codes
-from latent_diffusion_jax.first_stage.objective import make_criterion, quality, signs_of_trouble
+from latent_diffusion_jax.first_stage.objective import make_criterion
+from latent_diffusion_jax.first_stage.quality import quality, signs_of_trouble
 from latent_diffusion_jax.first_stage.stage import make_first_stage
 from latent_diffusion_jax.train.objective import make_objective
 from latent_diffusion_jax.train.optim import make_optimizer
