@@ -44,7 +44,7 @@ def get_config(arg=""):
                     codebook_weight=1.0,
                     beta=0.25,
                     legacy=False,
-                    restart_after=0,
+                    restart_after=100,  # else 157 of 1024 entries are ever used
                 ),
             },
             "gan": {
