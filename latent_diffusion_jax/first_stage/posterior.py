@@ -21,11 +21,20 @@ def sample(moments: jax.Array, eps: jax.Array) -> jax.Array:
     return mean + jnp.exp(0.5 * logvar) * eps
 
 
+def normal_kl(
+    mean: jax.Array, logvar: jax.Array, other_mean: jax.Array, other_logvar: jax.Array
+) -> jax.Array:
+    """KL(N(mean, exp(logvar)) || N(other_mean, exp(other_logvar))) in nats, per element."""
+    ratio = jnp.exp(logvar - other_logvar)
+    distance = (mean - other_mean) ** 2 * jnp.exp(-other_logvar)
+    return 0.5 * (ratio + distance - 1.0 + other_logvar - logvar)
+
+
 def kl(moments: jax.Array) -> jax.Array:
     """KL(q || N(0, I)) in nats per example [B], summed over positions and channels."""
     mean, logvar = split_moments(moments)
-    terms = mean**2 + jnp.exp(logvar) - 1.0 - logvar
-    return 0.5 * jnp.sum(terms, axis=tuple(range(1, terms.ndim)))
+    terms = normal_kl(mean, logvar, jnp.zeros_like(mean), jnp.zeros_like(mean))
+    return jnp.sum(terms, axis=tuple(range(1, terms.ndim)))
 
 
 def nll(moments: jax.Array, z: jax.Array) -> jax.Array:

@@ -49,6 +49,16 @@ def codebook_loss(z: jax.Array, entries: jax.Array, beta: float, legacy: bool) -
     return beta * codebook + commitment if legacy else codebook + beta * commitment
 
 
+def remap(indices: jax.Array, used: jax.Array, unknown: int | None = None) -> jax.Array:
+    """Position of each index in `used` [n], as a second model on a part of the codebook wants it.
+
+    An index that is not there becomes `unknown`; default n. `used[position]` leads back.
+    """
+    match = indices[..., None] == used.reshape((1,) * indices.ndim + (-1,))
+    position = jnp.argmax(match, axis=-1)
+    return jnp.where(jnp.any(match, axis=-1), position, len(used) if unknown is None else unknown)
+
+
 def init_use(size: int, dim: int) -> dict[str, jax.Array]:
     """What restarts need to know of a codebook [size, dim].
 

@@ -33,6 +33,16 @@ def test_published(name):
     close(values[name](), name)
 
 
+def test_published_kl_of_two_posteriors():
+    both = [posterior.split_moments(nhwc(ARRAYS[name])) for name in ("params", "params_other")]
+    terms = posterior.normal_kl(*both[0], *both[1])
+    close(terms.sum(axis=(1, 2, 3)), "kl_other")
+    ours, other = ([x[1:] for x in moments] for moments in both)
+    terms = posterior.normal_kl(ours[0], other[1], other[0], 0.5 * other[1])
+    error = INFO["accuracy"]["normal_kl"]["f32_max_abs_err"]  # small ones are differences
+    np.testing.assert_allclose(terms, nhwc(ARRAYS["out_normal_kl"]), rtol=2e-6, atol=error)
+
+
 def test_standard_normal_has_no_kl_and_the_entropy_s_nll():
     moments = np.zeros((2, 3, 4, 10), np.float32)
     np.testing.assert_array_equal(posterior.kl(moments), 0)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_diffusion_jax.first_stage.quantize import VectorQuantizer, codebook_loss
+from latent_diffusion_jax.first_stage.quantize import VectorQuantizer, codebook_loss, remap
 from tests.published import golden, nhwc, value
 
 ARRAYS, INFO = golden("vector_quantizer")
@@ -62,3 +62,13 @@ def test_new_codebooks_fill_a_small_cube():
     codebook = np.asarray(params["embedding"]["embedding"])
     assert codebook.shape == (64, 4)
     assert 0.9 / 64 < np.abs(codebook).max() <= 1 / 64
+
+
+@pytest.mark.parametrize("name,unknown", [("extra", None), ("3", 3)])
+def test_published_remapping_to_the_codes_in_use(name, unknown):
+    indices = quantize(CODEBOOK, Z).indices
+    found = remap(indices, ARRAYS["used"], unknown)
+    np.testing.assert_array_equal(found.reshape(-1), ARRAYS[f"out_remap_{name}/indices"])
+    if name == "3":
+        entries = CODEBOOK[ARRAYS["used"][found]]
+        np.testing.assert_array_equal(entries, nhwc(ARRAYS["out_remap_3/entry"]))
