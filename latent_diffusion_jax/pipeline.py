@@ -141,7 +141,7 @@ def make_generate(
     conditioner, network = build.conditioner(config), build.denoise_network(config)
     condition = build.condition(config)
     method = make_sampler(sampler, schedule, **options)
-    times = make_timesteps(timesteps, steps, len(schedule.alpha))
+    times = make_timesteps(timesteps, steps, schedule)
     shape = build.latent_shape(config, size)
     guided = scale != 1 and bool(conditioner.keys)
 

@@ -1,8 +1,11 @@
 """Samplers: from noise to a latent, as pairs of pure functions that one `lax.scan` runs.
 
-Source: DDIM: Song et al. 2021, eq. 12 and 16; DDPM: Ho et al. 2020, algorithm 2, on any subsequence
-of the times. The noise of each step is an argument, so a sampler is pure mathematics and image i
-depends on the seed and i alone. All in float32, whatever the network computes in.
+The noise of each step is an argument, so a sampler is pure mathematics and image i depends on the
+seed and i alone. All in float32, whatever the network computes in. Time is that of the schedule: t
+and t_next are any two of its steps, t_next = -1 is clean.
+
+With lambda = log(alpha / sigma), h = lambda_next - lambda: exp(-h) = alpha sigma_next / (alpha_next
+sigma). Solvers of higher order take the step into clean data, where h is infinite, at first order.
 """
 
 from collections.abc import Callable
@@ -28,7 +31,7 @@ class Sampler(NamedTuple):
 
 
 def ddim(schedule: Schedule, *, eta: float = 0.0) -> Sampler:
-    """DDIM: eta 0 maps z_T to an image deterministically, eta 1 adds as much noise as DDPM.
+    """DDIM (Song et al. 2021, eq. 12 and 16): eta 0 is deterministic, eta 1 as noisy as DDPM.
 
     Raises:
       UserError: eta outside [0, 1].
@@ -52,8 +55,21 @@ def ddim(schedule: Schedule, *, eta: float = 0.0) -> Sampler:
     return Sampler(init=lambda z: (), step=step)
 
 
+def euler(schedule: Schedule) -> Sampler:
+    """Euler's method on the flow d(z / alpha) / d(sigma / alpha) = eps: that is DDIM with eta 0."""
+    return ddim(schedule)
+
+
+def euler_ancestral(schedule: Schedule) -> Sampler:
+    """Euler's method to less noise than due, then new noise (k-diffusion): DDIM with eta 1."""
+    return ddim(schedule, eta=1.0)
+
+
 def ddpm(schedule: Schedule) -> Sampler:
-    """Ancestral sampling: each step draws from q(z_t_next | z_t, predicted x0)."""
+    """Ancestral sampling (Ho et al. 2020, algorithm 2), on any subsequence of the times.
+
+    Each step draws from q(z_t_next | z_t, predicted x0).
+    """
 
     def step(denoise, carry, z, t, t_next, noise):
         x0 = to_x0("eps", denoise(z, t), z, *at(schedule, t, z.ndim))
@@ -63,7 +79,154 @@ def ddpm(schedule: Schedule) -> Sampler:
     return Sampler(init=lambda z: (), step=step)
 
 
-SAMPLERS: dict[str, Callable[..., Sampler]] = {"ddim": ddim, "ddpm": ddpm}
+def heun(schedule: Schedule) -> Sampler:
+    """Heun's method on the probability flow (Karras et al. 2022, algorithm 1): order 2.
+
+    Calls the model twice a step, the second time at t_next.
+    """
+
+    def step(denoise, carry, z, t, t_next, noise):
+        eps = denoise(z, t)
+        eps_next = denoise(_flow(schedule, z, eps, t, t_next), jnp.maximum(t_next, 0))
+        eps = jnp.where(t_next < 0, eps, (eps + eps_next) / 2)
+        return _flow(schedule, z, eps, t, t_next), carry
+
+    return Sampler(init=lambda z: (), step=step)
+
+
+def plms(schedule: Schedule) -> Sampler:
+    """Pseudo linear multi-step, published with the paper (Liu et al. 2022, eq. 9 to 12): order 2.
+
+    Adams-Bashforth weights of up to four eps on a DDIM step; the first step calls the model twice.
+    """
+    weights = jnp.array(  # of this eps and those before it, by how many there are
+        [[1, 0, 0, 0], [3 / 2, -1 / 2, 0, 0], [23 / 12, -16 / 12, 5 / 12, 0]]
+        + [[55 / 24, -59 / 24, 37 / 24, -9 / 24]]
+    )
+
+    def init(z):
+        return jnp.zeros((3, *z.shape)), jnp.int32(0)
+
+    def step(denoise, carry, z, t, t_next, noise):
+        past, count = carry
+        eps = denoise(z, t)
+        known = jnp.concatenate([eps[None], past])
+
+        def first():
+            guess = _flow(schedule, z, eps, t, t_next)
+            return (eps + denoise(guess, jnp.maximum(t_next, 0))) / 2
+
+        def later():
+            return jnp.tensordot(weights[jnp.minimum(count, 3)], known, axes=1)
+
+        mean = jax.lax.cond(count == 0, first, later)
+        return _flow(schedule, z, mean, t, t_next), (known[:3], count + 1)
+
+    return Sampler(init, step)
+
+
+def dpmpp_2m(schedule: Schedule) -> Sampler:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): order 2, one call of the model a step."""
+
+    def step(denoise, carry, z, t, t_next, noise):
+        x0 = to_x0("eps", denoise(z, t), z, *at(schedule, t, z.ndim))
+        z = _to_data(schedule, z, _ahead(schedule, x0, carry, t, t_next), t, t_next)
+        return z, (x0, _log_snr(schedule, t))
+
+    return Sampler(_nothing_before, step)
+
+
+def dpmpp_2m_sde(schedule: Schedule) -> Sampler:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, section 5): DDPM with an extrapolated x0."""
+
+    def step(denoise, carry, z, t, t_next, noise):
+        x0 = to_x0("eps", denoise(z, t), z, *at(schedule, t, z.ndim))
+        ahead = _ahead(schedule, x0, carry, t, t_next)
+        mean, variance = posterior(schedule, ahead, z, t, t_next)
+        return mean + jnp.sqrt(variance) * noise, (x0, _log_snr(schedule, t))
+
+    return Sampler(_nothing_before, step)
+
+
+def unipc(schedule: Schedule) -> Sampler:
+    """UniPC-2 with B(h) = e^h - 1 (Zhao et al. 2023, algorithms 5 and 6): order 3, one call a step.
+
+    The x0 found at t first corrects how z came there, then predicts: the predictor is
+    DPM-Solver++(2M).
+    """
+
+    def init(z):
+        nothing = _nothing_before(z)
+        return jnp.zeros_like(z), jnp.int32(0), nothing, nothing
+
+    def step(denoise, carry, z, t, t_next, noise):
+        z_before, t_before, (x0_1, lambda_1), (x0_2, lambda_2) = carry
+        x0, now = to_x0("eps", denoise(z, t), z, *at(schedule, t, z.ndim)), _log_snr(schedule, t)
+        one = jnp.isfinite(lambda_1) & (now > lambda_1)  # is there one before? times may repeat
+        two = jnp.isfinite(lambda_2) & (lambda_1 > lambda_2)
+        h = jnp.where(one, now - lambda_1, 1.0)
+        r = jnp.where(two, lambda_2 - lambda_1, -1.0) / h
+        # eq. 9's coefficients for two x0 before; 1/2 for one
+        phi_2 = jnp.expm1(-h) / -h - 1
+        phi_3 = phi_2 / -h - 1 / 2
+        b_1, b_2 = phi_2 / jnp.expm1(-h), 2 * phi_3 / jnp.expm1(-h)
+        rho = jnp.where(two, (b_1 - b_2) / (1 - r), 0.0)
+        weight = jnp.where(two, b_1 - rho, 0.5)
+        mean = x0_1 + rho / r * (x0_2 - x0_1) + weight * (x0 - x0_1)
+        z = jnp.where(one, _to_data(schedule, z_before, mean, t_before, t), z)
+        ahead = _ahead(schedule, x0, (x0_1, lambda_1), t, t_next)
+        carry = z, t, (x0, now), (x0_1, lambda_1)
+        return _to_data(schedule, z, ahead, t, t_next), carry
+
+    return Sampler(init, step)
+
+
+def _flow(schedule: Schedule, z: Array, eps: Array, t: Array, t_next: Array) -> Array:
+    """Along the probability flow from t to t_next, with one eps all the way."""
+    alpha_next, sigma_next = at(schedule, t_next, z.ndim)
+    x0 = to_x0("eps", eps, z, *at(schedule, t, z.ndim))
+    return alpha_next * x0 + sigma_next * eps
+
+
+def _to_data(schedule: Schedule, z: Array, x0: Array, t: Array, t_next: Array) -> Array:
+    """The same with one x0 all the way."""
+    alpha, sigma = at(schedule, t, z.ndim)
+    alpha_next, sigma_next = at(schedule, t_next, z.ndim)
+    return sigma_next / sigma * (z - alpha * x0) + alpha_next * x0
+
+
+def _nothing_before(z: Array) -> tuple[Array, Array]:
+    """The x0 before the first step, infinitely long ago: it does not count."""
+    return jnp.zeros_like(z), jnp.float32(-jnp.inf)
+
+
+def _ahead(schedule: Schedule, x0: Array, before: tuple, t: Array, t_next: Array) -> Array:
+    """x0 half a step ahead in lambda, on the line through the one before it."""
+    x0_before, lambda_before = before
+    now = _log_snr(schedule, t)
+    since = now - lambda_before
+    usable = (t_next >= 0) & (since > 0)  # times may repeat
+    step = jnp.where(usable, _log_snr(schedule, t_next) - now, 0.0)
+    return x0 + step / jnp.where(usable, since, 1.0) / 2 * (x0 - x0_before)
+
+
+def _log_snr(schedule: Schedule, t: Array) -> Array:
+    """lambda = log(alpha / sigma)."""
+    alpha, sigma = at(schedule, t)
+    return jnp.log(alpha) - jnp.log(sigma)
+
+
+SAMPLERS: dict[str, Callable[..., Sampler]] = {
+    "ddim": ddim,
+    "ddpm": ddpm,
+    "plms": plms,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "unipc": unipc,
+}
 
 
 def make_sampler(name: str, schedule: Schedule, **options: float) -> Sampler:

@@ -144,13 +144,13 @@ def posterior(
     return mean, sigma_next**2 * fresh
 
 
-def make_timesteps(name: str, steps: int, timesteps: int) -> tuple[np.ndarray, np.ndarray]:
+def make_timesteps(name: str, steps: int, schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
     """The times that a sampler visits, noisiest first.
 
     Args:
       name: one of TIMESTEPS.
       steps: how many; only the published tables may return another number.
-      timesteps: T, the length of the schedule.
+      schedule: of T times.
 
     Returns:
       t and t_next, int32 [steps]: step i goes from t[i] to t_next[i]. t_next[i] is t[i + 1]; the
@@ -160,9 +160,10 @@ def make_timesteps(name: str, steps: int, timesteps: int) -> tuple[np.ndarray, n
       UserError: an unknown name, steps outside 1 .. T, or a published table that leaves 0 .. T-1.
     """
     make_table = choose("timesteps", name, TIMESTEPS)
+    timesteps = len(schedule.alpha)
     if not 1 <= steps <= timesteps:
         raise UserError(f"{steps} sampling steps; choose from 1 to {timesteps}")
-    t, last = make_table(steps, timesteps)
+    t, last = make_table(steps, schedule)
     if t.max() >= timesteps:
         raise UserError(
             f"the published table {name!r} reaches t = {t.max()} of {timesteps} with {steps} "
@@ -172,28 +173,59 @@ def make_timesteps(name: str, steps: int, timesteps: int) -> tuple[np.ndarray, n
     return t.astype(np.int32), t_next.astype(np.int32)
 
 
-def _uniform(steps: int, timesteps: int) -> tuple[np.ndarray, int]:
+def _uniform(steps: int, schedule: Schedule) -> tuple[np.ndarray, int]:
+    timesteps = len(schedule.alpha)
     shift = int(steps < timesteps)  # the published shift by one; the full grid has no room for it
     return (np.arange(steps) * timesteps // steps + shift)[::-1], shift - 1
 
 
-def _trailing(steps: int, timesteps: int) -> tuple[np.ndarray, int]:
+def _trailing(steps: int, schedule: Schedule) -> tuple[np.ndarray, int]:
     """From T-1 itself: Lin et al. 2024, section 3.3 and table 2."""
+    timesteps = len(schedule.alpha)
     return np.round(timesteps - np.arange(steps) * timesteps / steps).astype(int) - 1, -1
 
 
-def _original(steps: int, timesteps: int) -> tuple[np.ndarray, int]:
+def _quad(steps: int, schedule: Schedule) -> tuple[np.ndarray, int]:
+    """Dense where there is little noise; as "original_quad", with as many steps as asked for."""
+    last = 0.8 * len(schedule.alpha)
+    times = np.round(np.linspace(0, np.sqrt(last), steps) ** 2).astype(int)
+    return _distinct(times, len(schedule.alpha))[::-1], -1
+
+
+def _karras(steps: int, schedule: Schedule) -> tuple[np.ndarray, int]:
+    """The times of noise levels by Karras et al. 2022, eq. 5, rho = 7, from T-1 down to 0."""
+    rho = 7
+    noise = np.asarray(schedule.sigma, np.float64) / np.asarray(schedule.alpha, np.float64)
+    ends = noise[0] ** (1 / rho), noise[-1] ** (1 / rho)
+    wanted = np.linspace(*ends, steps) ** rho if steps > 1 else noise[-1:]
+    # the nearest in log noise, which grows with t
+    times = np.interp(np.log(wanted), np.log(noise), np.arange(len(noise)))
+    return _distinct(np.round(times).astype(int), len(noise))[::-1], -1
+
+
+def _distinct(times: np.ndarray, timesteps: int) -> np.ndarray:
+    """Ascending times, moved up, then down, as little as makes them distinct and below T."""
+    order = np.arange(len(times))
+    times = np.maximum.accumulate(times - order) + order
+    return np.minimum(times, timesteps - len(times) + order)
+
+
+def _original(steps: int, schedule: Schedule) -> tuple[np.ndarray, int]:
+    timesteps = len(schedule.alpha)
     return (np.arange(0, timesteps, timesteps // steps) + 1)[::-1], 0
 
 
-def _original_quad(steps: int, timesteps: int) -> tuple[np.ndarray, int]:
+def _original_quad(steps: int, schedule: Schedule) -> tuple[np.ndarray, int]:
     """Quadratic spacing; many steps repeat the smallest times, where a step changes nothing."""
-    return ((np.linspace(0, np.sqrt(0.8 * timesteps), steps) ** 2).astype(int) + 1)[::-1], 0
+    last = 0.8 * len(schedule.alpha)
+    return ((np.linspace(0, np.sqrt(last), steps) ** 2).astype(int) + 1)[::-1], 0
 
 
-TIMESTEPS: dict[str, Callable[[int, int], tuple[np.ndarray, int]]] = {
+TIMESTEPS: dict[str, Callable[[int, Schedule], tuple[np.ndarray, int]]] = {
     "uniform": _uniform,
     "trailing": _trailing,
+    "quad": _quad,
+    "karras": _karras,
     "original": _original,
     "original_quad": _original_quad,
 }

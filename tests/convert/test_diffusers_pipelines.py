@@ -59,7 +59,7 @@ def sampled(model, z, scale=1.0, concat=None, context=None):
 
     denoise = make_denoise(network, schedule, config["diffusion"]["prediction"])
     denoise = denoise if scale == 1 else guide(denoise, scale)
-    times = make_timesteps(config["sample"]["timesteps"], STEPS, 1000)
+    times = make_timesteps(config["sample"]["timesteps"], STEPS, schedule)
     run = jax.jit(
         lambda z: sample(
             make_sampler("ddim", schedule, eta=0.0),
@@ -180,7 +180,7 @@ def test_same_noise_and_same_steps(schedule, prediction, timesteps, tmp_path):
     alpha = theirs.alphas_cumprod.numpy()
     np.testing.assert_allclose(np.square(ours.alpha), alpha, rtol=2e-4, atol=1e-7)
     theirs.set_timesteps(STEPS)
-    t, _ = make_timesteps(timesteps, STEPS, 1000)
+    t, _ = make_timesteps(timesteps, STEPS, ours)
     np.testing.assert_array_equal(theirs.timesteps.numpy(), t)
     z = np.random.default_rng(0).standard_normal((1, 4, 4, 2), dtype=np.float32)
     x = torch.from_numpy(z)
@@ -190,7 +190,7 @@ def test_same_noise_and_same_steps(schedule, prediction, timesteps, tmp_path):
         make_sampler("ddim", ours, eta=0.0),
         make_denoise(lambda z, t: jnp.tanh(z) * 0.5, ours, prediction),
         jnp.asarray(z),
-        timesteps=make_timesteps(timesteps, STEPS, 1000),
+        timesteps=make_timesteps(timesteps, STEPS, ours),
         noise=lambda i: jnp.zeros(z.shape),
     )
     np.testing.assert_allclose(result, x.numpy(), rtol=2e-4, atol=2e-4)

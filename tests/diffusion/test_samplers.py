@@ -55,7 +55,7 @@ def test_ddim_equals_published(name):
         both = published_eps(np.concatenate([arrays["uc"], arrays["c"]]))
         denoise = guide(both, case["unconditional_guidance_scale"])
     noise = jnp.asarray(arrays["noise"]) if case["eta"] else jnp.full([case["S"], 1], jnp.nan)
-    timesteps = make_timesteps("uniform", case["S"], 1000)
+    timesteps = make_timesteps("uniform", case["S"], SCHEDULE)
     np.testing.assert_array_equal(timesteps[0][::-1], arrays["timesteps"])
     sampler = make_sampler(
         "ddim", make_schedule(name="linear", **case["schedule"]), eta=case["eta"]
@@ -74,7 +74,7 @@ def test_ddim_equals_published(name):
 def test_ancestral_sampling_equals_published(name, options):
     arrays, case = golden("ancestral_T50_eps")
     schedule = make_schedule(name="linear", **case["schedule"])
-    t, t_next = make_timesteps("uniform", case["T"], case["T"])
+    t, t_next = make_timesteps("uniform", case["T"], schedule)
     noise, z_T, denoise = jnp.asarray(arrays["noise"]), arrays["x_T"], published_eps(arrays["c"])
     z, path = sample(
         make_sampler(name, schedule, **options),
@@ -95,7 +95,7 @@ def test_ddim_with_eta_1_is_ddpm_on_any_subsequence():
     noise = jax.random.normal(jax.random.key(0), [8, 2, 4, 4, 1])
     z = jax.random.normal(jax.random.key(1), [2, 4, 4, 1])
     for name in ("uniform", "trailing", "original_quad"):
-        options = {"timesteps": make_timesteps(name, 8, 1000), "noise": lambda i: noise[i]}
+        options = {"timesteps": make_timesteps(name, 8, SCHEDULE), "noise": lambda i: noise[i]}
         ddim = make_sampler("ddim", SCHEDULE, eta=1.0)
         ddpm = make_sampler("ddpm", SCHEDULE)
         close(sample(ddim, gaussian_eps, z, **options), sample(ddpm, gaussian_eps, z, **options))
@@ -127,7 +127,7 @@ def exact_moments(timesteps, z_mean, z_variance, eta):
 
 @pytest.mark.parametrize("table,steps", [("uniform", 10), ("trailing", 25), ("uniform", 1000)])
 def test_ddim_is_its_closed_form_map(table, steps):
-    timesteps = make_timesteps(table, steps, 1000)
+    timesteps = make_timesteps(table, steps, SCHEDULE)
     z = jnp.linspace(-3, 3, 7).reshape(1, 7, 1, 1)
     out = sample(
         make_sampler("ddim", SCHEDULE), gaussian_eps, z, timesteps=timesteps, noise=lambda i: i
@@ -151,7 +151,7 @@ def test_ddim_converges_to_the_probability_flow_at_first_order():
             make_sampler("ddim", schedule),
             partial(gaussian_eps, schedule=schedule),
             z,
-            timesteps=make_timesteps("uniform", steps, steps),
+            timesteps=make_timesteps("uniform", steps, schedule),
             noise=lambda i: i,
         )
         errors.append(float(jnp.abs(out - expected).max()))
@@ -171,7 +171,7 @@ def test_ddim_converges_to_the_probability_flow_at_first_order():
 def test_samplers_recover_the_mean_and_variance_of_gaussian_data(name, options, steps):
     shape, count = (64, 64, 1), 8 * 64 * 64
     keys = image_keys(jax.random.key(7), jnp.arange(8))
-    timesteps = make_timesteps("trailing", steps, 1000)
+    timesteps = make_timesteps("trailing", steps, SCHEDULE)
     z = sample(
         make_sampler(name, SCHEDULE, **options),
         gaussian_eps,
@@ -192,7 +192,7 @@ def test_samplers_recover_the_mean_and_variance_of_gaussian_data(name, options, 
 @pytest.mark.parametrize("name,options", [("ddim", {"eta": 0.7}), ("ddpm", {})])
 def test_scan_is_the_python_loop(name, options):
     sampler = make_sampler(name, SCHEDULE, **options)
-    timesteps = make_timesteps("uniform", 5, 1000)
+    timesteps = make_timesteps("uniform", 5, SCHEDULE)
     noise = jax.random.normal(jax.random.key(0), [5, 2, 4, 4, 3])
     start = jax.random.normal(jax.random.key(1), [2, 4, 4, 3])
     z, carry, expected = start, sampler.init(start), []
@@ -213,7 +213,7 @@ def test_ends_and_repeated_times_stay_finite(name):
     sampler = make_sampler(name, schedule, **({"eta": 1.0} if name == "ddim" else {}))
     z = jnp.ones([1, 2, 2, 1])
     assert jnp.isfinite(sampler.step(lambda z, t: z, (), z, 999, 0, z)[0]).all()
-    t, t_next = make_timesteps("original_quad", 300, 1000)
+    t, t_next = make_timesteps("original_quad", 300, schedule)
     assert (t == t_next).any()
     still, _ = sampler.step(lambda z, t: 0.3 * z, (), z, t[-2], t_next[-2], 9 * z)
     assert t[-2] == t_next[-2]
@@ -228,7 +228,7 @@ def test_sampling_is_float32_and_image_i_ignores_its_batch():
             make_sampler("ddpm", SCHEDULE),
             gaussian_eps,
             image_noise(keys, -1, (4, 4, 3)).astype(jnp.bfloat16),
-            timesteps=make_timesteps("uniform", 4, 1000),
+            timesteps=make_timesteps("uniform", 4, SCHEDULE),
             noise=lambda i: image_noise(keys, i, (4, 4, 3)),
         )
 

@@ -20,6 +20,7 @@ TABLES, PUBLISHED = golden("schedules")[0], golden("schedules")[1]["schedules"]
 DDIM_TABLES, _ = golden("ddim_tables")
 LINEAR = {"linear_start": 0.0015, "linear_end": 0.0195}
 T = 1000
+SCHEDULE = make_schedule(name="linear", **LINEAR)
 
 
 def published(name):
@@ -126,7 +127,7 @@ def golden_tables():
 def test_timesteps_equal_published(table):
     kind, steps = table.split("/S")
     name = {"uniform": "original", "quad": "original_quad"}[kind]
-    t, t_next = make_timesteps(name, int(steps), T)
+    t, t_next = make_timesteps(name, int(steps), SCHEDULE)
     np.testing.assert_array_equal(t[::-1], DDIM_TABLES[f"{table}/timesteps"])
     for model in ("ldm_vq_0.0195", "txt2img"):
         schedule = published(model)
@@ -141,7 +142,7 @@ def test_timesteps_equal_published(table):
 
 def test_uniform_has_exactly_the_steps_asked_for():
     for steps in range(1, T + 1):
-        t, t_next = make_timesteps("uniform", steps, T)
+        t, t_next = make_timesteps("uniform", steps, SCHEDULE)
         assert len(t) == steps
         assert t.dtype == t_next.dtype == np.int32
         assert (np.diff(t) < 0).all()
@@ -150,16 +151,17 @@ def test_uniform_has_exactly_the_steps_asked_for():
         np.testing.assert_array_equal(t_next[:-1], t[1:])
         assert t_next[-1] == (0 if steps < T else -1)
         if T % steps == 0 and steps not in (500, T):  # 500 and 1000 crash in the original
-            published_t, published_next = make_timesteps("original", steps, T)
+            published_t, published_next = make_timesteps("original", steps, SCHEDULE)
             np.testing.assert_array_equal(t, published_t)
             np.testing.assert_array_equal(t_next, published_next)
 
 
-@pytest.mark.parametrize("name", ["uniform", "trailing"])
+@pytest.mark.parametrize("name", ["uniform", "trailing", "quad", "karras"])
 @pytest.mark.parametrize("timesteps", [1, 2, 7, 50, 1000])
 def test_timesteps_fit_every_schedule(name, timesteps):
+    schedule = make_schedule(name="linear", timesteps=timesteps, **LINEAR)
     for steps in range(1, timesteps + 1):
-        t, t_next = make_timesteps(name, steps, timesteps)
+        t, t_next = make_timesteps(name, steps, schedule)
         assert len(t) == steps
         assert (t_next < t).all()
         assert 0 <= t[-1] <= t[0] < timesteps
@@ -168,9 +170,26 @@ def test_timesteps_fit_every_schedule(name, timesteps):
 
 
 def test_trailing_starts_at_the_noisiest_and_ends_clean():
-    t, t_next = make_timesteps("trailing", 10, T)
+    t, t_next = make_timesteps("trailing", 10, SCHEDULE)
     np.testing.assert_array_equal(t, [999, 899, 799, 699, 599, 499, 399, 299, 199, 99])
     assert t_next[-1] == -1
+
+
+def test_karras_levels_are_those_of_the_paper_up_to_the_grid():
+    t, t_next = make_timesteps("karras", 20, SCHEDULE)
+    assert (t[0], t[-1], t_next[-1]) == (T - 1, 0, -1)
+    noise = np.asarray(SCHEDULE.sigma / SCHEDULE.alpha, np.float64)
+    root = np.linspace(noise[-1] ** (1 / 7), noise[0] ** (1 / 7), 20)
+    for time, level in zip(t, root**7, strict=True):
+        below, above = noise[max(time - 1, 0)], noise[min(time + 1, T - 1)]
+        assert below <= level * (1 + 1e-6)
+        assert level <= above * (1 + 1e-6)
+
+
+def test_quad_is_dense_at_little_noise():
+    t, _ = make_timesteps("quad", 20, SCHEDULE)
+    assert (t[0], t[-1]) == (800, 0)
+    np.testing.assert_allclose(np.sqrt(t), np.linspace(np.sqrt(800), 0, 20), atol=0.3)
 
 
 def test_original_refuses_exactly_the_steps_that_crash_in_the_original():
@@ -178,9 +197,9 @@ def test_original_refuses_exactly_the_steps_that_crash_in_the_original():
     for steps in range(1, T + 1):
         if steps in crashes:
             with pytest.raises(UserError, match=f"t = 1000 of 1000 with {steps} steps"):
-                make_timesteps("original", steps, T)
+                make_timesteps("original", steps, SCHEDULE)
         else:
-            t, _ = make_timesteps("original", steps, T)
+            t, _ = make_timesteps("original", steps, SCHEDULE)
             assert len(t) == -(-T // (T // steps))
             assert t.max() < T
 
@@ -188,4 +207,4 @@ def test_original_refuses_exactly_the_steps_that_crash_in_the_original():
 @pytest.mark.parametrize("name,steps", [("uniform", 0), ("trailing", 1001), ("unifrom", 10)])
 def test_bad_timesteps_are_one_clear_line(name, steps):
     with pytest.raises(UserError, match=f"{steps} sampling steps|did you mean 'uniform'"):
-        make_timesteps(name, steps, T)
+        make_timesteps(name, steps, SCHEDULE)
