@@ -21,6 +21,7 @@ from latent_diffusion_jax.errors import UserError, choose
 
 Array = jax.Array
 Carry = Any  # what a multi-step sampler remembers: a pytree of one structure throughout
+Revise = Callable[[Array], Array]  # predicted x0 [B,h,w,c] -> the x0 to go on with
 
 
 class Sampler(NamedTuple):
@@ -30,8 +31,11 @@ class Sampler(NamedTuple):
     step: Callable[[Denoise, Carry, Array, Array, Array, Array], tuple[Array, Carry]]
 
 
-def ddim(schedule: Schedule, *, eta: float = 0.0) -> Sampler:
+def ddim(schedule: Schedule, *, eta: float = 0.0, revise: Revise | None = None) -> Sampler:
     """DDIM (Song et al. 2021, eq. 12 and 16): eta 0 is deterministic, eta 1 as noisy as DDPM.
+
+    `revise` changes the predicted x0, such as to the nearest codes (published: quantize_denoised),
+    and leaves eps as it is.
 
     Raises:
       UserError: eta outside [0, 1].
@@ -44,6 +48,7 @@ def ddim(schedule: Schedule, *, eta: float = 0.0) -> Sampler:
         alpha_next, sigma_next = at(schedule, t_next, z.ndim)
         eps = denoise(z, t)
         x0 = to_x0("eps", eps, z, alpha, sigma)
+        x0 = revise(x0) if revise else x0
         # Eq. 12 with eq. 16's sigma = eta sigma_next sqrt(fresh) in its radicals, which then cannot
         # turn negative by rounding.
         fresh = fresh_fraction(schedule, t, t_next, z.ndim)
@@ -65,14 +70,15 @@ def euler_ancestral(schedule: Schedule) -> Sampler:
     return ddim(schedule, eta=1.0)
 
 
-def ddpm(schedule: Schedule) -> Sampler:
+def ddpm(schedule: Schedule, *, revise: Revise | None = None) -> Sampler:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), on any subsequence of the times.
 
-    Each step draws from q(z_t_next | z_t, predicted x0).
+    Each step draws from q(z_t_next | z_t, predicted x0); `revise` changes that x0, as in `ddim`.
     """
 
     def step(denoise, carry, z, t, t_next, noise):
         x0 = to_x0("eps", denoise(z, t), z, *at(schedule, t, z.ndim))
+        x0 = revise(x0) if revise else x0
         mean, variance = posterior(schedule, x0, z, t, t_next)
         return mean + jnp.sqrt(variance) * noise, carry
 
@@ -229,7 +235,7 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
 }
 
 
-def make_sampler(name: str, schedule: Schedule, **options: float) -> Sampler:
+def make_sampler(name: str, schedule: Schedule, **options: Any) -> Sampler:
     """Builds a sampler; `options` are those of the named one in SAMPLERS.
 
     Raises:

@@ -18,6 +18,8 @@ from latent_diffusion_jax.errors import UserError, choose
 
 Array = jax.Array
 
+LAST_ALPHA = 2.0**-12  # stands for 0: an SNR of 2^-24, the rounding of float32
+
 
 @struct.dataclass
 class Schedule:
@@ -27,9 +29,13 @@ class Schedule:
     sigma: Array
 
 
-def make_schedule(*, name: str, timesteps: int = 1000, **options: float) -> Schedule:
+def make_schedule(
+    *, name: str, timesteps: int = 1000, zero_terminal_snr: bool = False, **options: float
+) -> Schedule:
     """Builds a schedule; see `make_betas`, which raises for it."""
-    betas = make_betas(name=name, timesteps=timesteps, **options)
+    betas = make_betas(
+        name=name, timesteps=timesteps, zero_terminal_snr=zero_terminal_snr, **options
+    )
     alphas_cumprod = np.cumprod(1 - betas)  # in float64: 1 - alphas_cumprod cancels at small t
     return Schedule(
         alpha=jnp.asarray(np.sqrt(alphas_cumprod), jnp.float32),
@@ -37,22 +43,41 @@ def make_schedule(*, name: str, timesteps: int = 1000, **options: float) -> Sche
     )
 
 
-def make_betas(*, name: str, timesteps: int = 1000, **options: float) -> np.ndarray:
-    """The variances beta_t, float64 [T]; `options` are those of the named one in SCHEDULES.
+def make_betas(
+    *, name: str, timesteps: int = 1000, zero_terminal_snr: bool = False, **options: float
+) -> np.ndarray:
+    """The variances beta_t, float64 [T].
+
+    Args:
+      name: one of SCHEDULES; `options` are its own.
+      timesteps: T.
+      zero_terminal_snr: whether the last z_t is all noise, which sampling takes it to be: images
+        otherwise keep to a medium brightness (Lin et al. 2024). The last alpha is not 0 but at
+        most LAST_ALPHA, so that x0 still follows from eps. For v and x0 models (eps is z_t there
+        and teaches nothing) and timesteps that visit it, "trailing" and "karras".
 
     Raises:
-      UserError: an unknown name or option, or a beta outside (0, 1).
+      UserError: an unknown name or option, too few timesteps, or a beta outside (0, 1).
     """
     function = choose("schedule", name, SCHEDULES)
-    if timesteps < 1:
-        raise UserError(f"a schedule of {timesteps} timesteps; it needs at least 1")
+    least = 2 if zero_terminal_snr else 1
+    if timesteps < least:
+        raise UserError(f"a schedule of {timesteps} timesteps; it needs at least {least}")
     try:
         betas = function(timesteps, **options)
     except TypeError as error:
         raise UserError(f"schedule {name!r}: {error}") from error
     if not np.all((betas > 0) & (betas < 1)):
         raise UserError(f"schedule {name!r} with {options} has betas outside (0, 1)")
-    return betas
+    return _to_zero_snr(betas) if zero_terminal_snr else betas
+
+
+def _to_zero_snr(betas: np.ndarray) -> np.ndarray:
+    """Shifts and scales alpha: the first stays, the last is 0 (Lin et al. 2024, algorithm 1)."""
+    alpha = np.sqrt(np.cumprod(1 - betas))
+    alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    alpha[-1] = min(LAST_ALPHA, alpha[-2] / 2)  # where it was nearly 0 before: still noisier
+    return 1 - (alpha / np.append(1.0, alpha[:-1])) ** 2
 
 
 def _linear(timesteps: int, *, linear_start: float, linear_end: float) -> np.ndarray:

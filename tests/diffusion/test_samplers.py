@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from latent_diffusion_jax.diffusion.guidance import guide
-from latent_diffusion_jax.diffusion.prediction import to_x0
+from latent_diffusion_jax.diffusion.prediction import PREDICTIONS, make_denoise, target, to_x0
 from latent_diffusion_jax.diffusion.samplers import (
+    SAMPLERS,
     image_keys,
     image_noise,
     make_sampler,
@@ -24,6 +25,8 @@ DDIM_CASES = [
     f"traj_ddim10_{case}" for case in ("eta0_s1.0", "eta0_s1.5", "eta0_s3.0", "eta1_s1.0")
 ]
 MEAN, VARIANCE = 0.7, 0.25
+# in float64 throughout, for loops in numpy; the schedule is SCHEDULE
+ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2)
 
 
 def close(actual, expected):
@@ -35,6 +38,26 @@ def published_eps(c):
     """eps(z, t, c) = 0.6 z + 0.1 sin(t / 100) + 0.05 c: per element, so the layout is free."""
     c = jnp.asarray(c).reshape(-1, 1, 1, 1)
     return lambda z, t: 0.6 * z + 0.1 * jnp.sin(t / 100) + 0.05 * c
+
+
+def numpy_ddim(z, t, t_next, noise, eta, revise=lambda x0: x0):
+    """A step of the published sampler, t_next >= 0, with published_eps of c = 0."""
+    a, a_next = ALPHAS_CUMPROD[t], ALPHAS_CUMPROD[t_next]
+    eps = 0.6 * z + 0.1 * np.sin(t / 100)
+    x0 = (z - np.sqrt(1 - a) * eps) / np.sqrt(a)
+    sigma = eta * np.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
+    direction = np.sqrt(1 - a_next - sigma**2) * eps
+    return np.sqrt(a_next) * revise(x0) + direction + sigma * noise
+
+
+def numpy_ddpm(z, t, t_next, noise, revise=lambda x0: x0):
+    """The same of ancestral sampling: one beta for all between the times."""
+    a, a_next = ALPHAS_CUMPROD[t], ALPHAS_CUMPROD[t_next]
+    beta = 1 - a / a_next
+    x0 = (z - np.sqrt(1 - a) * (0.6 * z + 0.1 * np.sin(t / 100))) / np.sqrt(a)
+    mean = beta * np.sqrt(a_next) / (1 - a) * revise(x0)
+    mean += (1 - a_next) * np.sqrt(1 - beta) / (1 - a) * z
+    return mean + np.sqrt(beta * (1 - a_next) / (1 - a)) * noise
 
 
 def predicted_x0(denoise, schedule, z, path, t):
@@ -86,9 +109,82 @@ def test_ancestral_sampling_equals_published(name, options):
     )
     kept = (t % case["log_every_t"] == 0) | (t == case["T"] - 1)
     close(z, arrays["out_final"])
+    close(z, arrays["out_progressive_final"])
     close(path[kept], arrays["out_intermediates"][1:])
     x0 = predicted_x0(denoise, schedule, jnp.asarray(z_T), path, t)
     close(jnp.stack(x0)[kept], arrays["out_progressive_x0"])
+
+
+@pytest.mark.parametrize(
+    "name,options", [("ddim", {"eta": 0.0}), ("ddim", {"eta": 1.0}), ("ddpm", {})]
+)
+def test_revised_x0_is_the_published_quantised_one(name, options):
+    """In DDIM, what is added to x0 again is the unrevised eps."""
+    z, *noise = np.random.default_rng(0).standard_normal([11, 2, 4, 4, 3])
+    timesteps = make_timesteps("uniform", 10, SCHEDULE)
+    noise_of = {"noise": lambda i: jnp.float32(noise)[i], "timesteps": timesteps}
+    sampler = make_sampler(name, SCHEDULE, revise=jnp.tanh, **options)
+    ours = sample(sampler, published_eps([0.0]), jnp.float32(z), **noise_of)
+    step = {"ddim": numpy_ddim, "ddpm": numpy_ddpm}[name]
+    for i, (t, t_next) in enumerate(zip(*timesteps)):
+        z = step(z, t, t_next, noise[i], *options.values(), revise=np.tanh)
+    close(ours, z)
+
+
+@pytest.mark.parametrize("clip", [0, 1])
+def test_ddpm_step_equals_published(clip):
+    """Every image at a time of its own."""
+    arrays, case = golden("diffusion_ops")
+    x_t, t = arrays["x_t"], arrays["t"]
+    schedule = make_schedule(name="linear", **case["schedule"])
+    revise = (lambda x0: jnp.clip(x0, -1, 1)) if clip else None
+    sampler = make_sampler("ddpm", schedule, revise=revise)
+    at_t = t.reshape(-1, 1, 1, 1)
+    model = 0.6 * x_t + 0.1 * np.sin(at_t / 100) + 0.05 * arrays["c"].reshape(-1, 1, 1, 1)
+    mean, deviated = (
+        sampler.step(lambda z, t: model, (), x_t, t, t - 1, noise * jnp.ones_like(x_t))[0]
+        for noise in (0, 1)
+    )
+    close(mean, arrays[f"out_p_mean_clip{clip}"])
+    deviation = np.broadcast_to(np.sqrt(arrays["out_p_var"]), x_t.shape)
+    np.testing.assert_allclose(deviated - mean, deviation, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_zero_terminal_snr_loses_no_brightness(name):
+    """Steps on Gaussian data are affine: without noise, from z_T = 0, they lead to the mean.
+
+    All noise has that mean; the last z_t of the published schedule has another.
+    """
+    z_T = jnp.stack([jnp.zeros([4, 4, 1]), jax.random.normal(jax.random.key(0), [4, 4, 1])])
+
+    def brightness(prediction, zero_terminal_snr):
+        schedule = make_schedule(
+            name="linear",
+            linear_start=0.00085,
+            linear_end=0.012,
+            zero_terminal_snr=zero_terminal_snr,
+        )
+
+        def network(z_t, t):
+            eps, levels = gaussian_eps(z_t, t, schedule), at(schedule, t, z_t.ndim)
+            alpha, sigma = levels
+            x0 = MEAN + alpha * VARIANCE / (alpha**2 * VARIANCE + sigma**2) * (z_t - alpha * MEAN)
+            return target(prediction, x0, eps, *levels)
+
+        z = sample(
+            make_sampler(name, schedule),
+            make_denoise(network, schedule, prediction),
+            z_T,
+            timesteps=make_timesteps("trailing", 10, schedule),
+            noise=lambda i: jnp.zeros([2, 4, 4, 1]),
+        )
+        assert jnp.isfinite(z).all()
+        return z[0]
+
+    for prediction in PREDICTIONS:
+        np.testing.assert_allclose(brightness(prediction, True), MEAN, atol=1e-4)
+        assert (brightness(prediction, False) < MEAN - 5e-4).all()  # -0.02 without new noise
 
 
 def test_ddim_with_eta_1_is_ddpm_on_any_subsequence():

@@ -4,11 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_diffusion_jax import build
 from latent_diffusion_jax.diffusion.schedule import (
     SCHEDULES,
     add_noise,
     at,
     fresh_fraction,
+    make_betas,
     make_schedule,
     make_timesteps,
     posterior,
@@ -52,6 +54,29 @@ def test_schedule_equals_published(name):
     close(mean[:, 0], TABLES[f"{name}/posterior_mean_coef2"])
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_derived_tables_equal_published(name):
+    options = dict(PUBLISHED[name])
+    betas = make_betas(name=options.pop("beta_schedule", "linear"), **options)
+    np.testing.assert_allclose(betas, TABLES[f"{name}/betas"], rtol=0, atol=1e-14)
+    alphas_cumprod = np.cumprod(1 - betas)
+    np.testing.assert_allclose(alphas_cumprod, TABLES[f"{name}/alphas_cumprod"], rtol=1e-12)
+    schedule, t = published(name), np.arange(T)
+    alpha, sigma = at(schedule, t)
+    previous, _ = at(schedule, t - 1)
+    for ours, table in (
+        (previous**2, "alphas_cumprod_prev"),
+        (1 / alpha, "sqrt_recip_alphas_cumprod"),
+        (sigma / alpha, "sqrt_recipm1_alphas_cumprod"),
+    ):
+        np.testing.assert_allclose(ours, TABLES[f"{name}/{table}"], rtol=1e-6)
+    expected = TABLES[f"{name}/log_one_minus_alphas_cumprod"]
+    np.testing.assert_allclose(2 * jnp.log(sigma), expected, rtol=1e-5, atol=1e-6)
+    _, variance = posterior(schedule, jnp.ones([T, 1]), jnp.ones([T, 1]), t, t - 1)
+    expected = TABLES[f"{name}/posterior_log_variance_clipped"][1:]  # at 0, theirs stands for -inf
+    np.testing.assert_allclose(jnp.log(variance[1:, 0]), expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name,power", [("sqrt_linear", 1), ("sqrt", 0.5)])
 def test_other_schedules_follow_their_formula(name, power):
     schedule = make_schedule(name=name, timesteps=3, linear_start=0.01, linear_end=0.09)
@@ -68,6 +93,35 @@ def test_schedules_preserve_variance_and_only_get_noisier(name):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "linear", "linear_start": 0.00085, "linear_end": 0.012},
+        {"name": "linear", **LINEAR},  # its last alpha but one is below 2^-12
+        {"name": "linear", "timesteps": 2, **LINEAR},
+        {"name": "cosine"},
+    ],
+)
+def test_zero_terminal_snr_stretches_alpha_down_to_zero(options):
+    before = np.sqrt(np.cumprod(1 - make_betas(**options)))
+    betas = make_betas(**options, zero_terminal_snr=True)
+    assert ((betas > 0) & (betas < 1)).all()
+    after = np.sqrt(np.cumprod(1 - betas))
+    np.testing.assert_allclose(after[0], before[0], rtol=1e-12)
+    np.testing.assert_allclose(after[-1], min(2.0**-12, after[-2] / 2), rtol=1e-6)
+    shrunk = (before - before[-1]) / (before[0] - before[-1])  # linear, from 1 to 0
+    np.testing.assert_allclose(after[:-1], shrunk[:-1] * before[0], rtol=1e-9)
+    schedule = make_schedule(**options, zero_terminal_snr=True)
+    np.testing.assert_allclose(schedule.alpha, after, rtol=1e-6)
+    np.testing.assert_allclose(schedule.alpha**2 + schedule.sigma**2, 1, rtol=3e-7)
+
+
+def test_zero_terminal_snr_is_a_key_of_the_config():
+    section = {"name": "linear", **LINEAR, "zero_terminal_snr": True}
+    for make in (make_schedule, make_betas):
+        build.unpack("diffusion.schedule", make, section, takes=[SCHEDULES["linear"]])
+
+
+@pytest.mark.parametrize(
     "options,message",
     [
         ({"name": "lineer", **LINEAR}, "did you mean 'linear'"),
@@ -76,6 +130,7 @@ def test_schedules_preserve_variance_and_only_get_noisier(name):
         ({"name": "linear", "linear_start": 0.5, "linear_end": 1.5}, "outside"),
         ({"name": "linear", "linear_start": 0.0, "linear_end": 0.1}, "outside"),
         ({"name": "cosine", "timesteps": 0}, "0 timesteps"),
+        ({"name": "cosine", "timesteps": 1, "zero_terminal_snr": True}, "at least 2"),
     ],
 )
 def test_bad_schedule_is_one_clear_line(options, message):
@@ -100,9 +155,17 @@ def test_ops_equal_published():
     (arrays, _), schedule = golden("diffusion_ops"), published("ldm_vq_0.0195")
     x0, t = arrays["x0"], arrays["t"]
     close(add_noise(schedule, x0, t, arrays["noise"]), arrays["out_q_sample"], 1e-6)
+    _, sigma = at(schedule, t, x0.ndim)
+    close(add_noise(schedule, x0, t, 0 * x0), arrays["out_q_mean"], 1e-6)
+    np.testing.assert_allclose(sigma**2, arrays["out_q_var"], rtol=1e-6)
+    np.testing.assert_allclose(2 * jnp.log(sigma), arrays["out_q_logvar"], rtol=1e-5, atol=1e-6)
     mean, variance = posterior(schedule, x0, arrays["x_t"], t, t - 1)
     close(mean, arrays["out_post_mean"])
     close(variance, arrays["out_post_var"])
+    later = t > 0  # at 0, theirs stands for -inf
+    np.testing.assert_allclose(
+        jnp.log(variance[later]), arrays["out_post_logvar"][later], rtol=0, atol=1e-4
+    )
 
 
 def test_posterior_agrees_with_bayes_between_distant_times():
