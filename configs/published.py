@@ -180,6 +180,8 @@ def tiny(config):
         changes["unet.transformer_depth"] = min(1, config.unet.transformer_depth)
         changes |= _small_condition("conditioning", config.conditioning)
         changes["sample.steps"] = 4
+        if config.conditioning.kind == "text":
+            changes["data.tokenizer"] = "basic"
     data = sections.shapes(max(32, factor))
     return {**changes, **{f"data.{key}": value for key, value in data.items()}}
 

@@ -31,15 +31,24 @@ Then train with --config.latents.source=cache.""",
     "sample": """\
 examples:
   python -m latent_diffusion_jax sample --workdir=runs/ldm --number=64 --scale=2
-  python -m latent_diffusion_jax sample --workdir=runs/ldm --labels="red circle,5" --steps=100 \\
+  python -m latent_diffusion_jax sample --workdir=runs/ldm --class="red circle,5" --steps=100 \\
       --eta=1 --out=red_circles
   python -m latent_diffusion_jax sample --from=model.ckpt --prompt="a virus monster" \\
       --config.data.tokenizer=DIR --number=4 --out=monsters
+  python -m latent_diffusion_jax sample --workdir=runs/fill --image=photo.png --mask=hole.png
+  python -m latent_diffusion_jax sample --workdir=runs/ldm --image=photo.png --strength=0.5
+  python -m latent_diffusion_jax sample --workdir=runs/ldm --size=512x1024 --window=256 --tile=512
 Image i depends on the seed and i alone, whatever the batch size and the number of devices.""",
     "reconstruct": """\
 examples:
   python -m latent_diffusion_jax reconstruct --workdir=runs/ae --number=16
   python -m latent_diffusion_jax reconstruct --workdir=runs/ae --input=photos/""",
+    "evaluate": """\
+examples:
+  python -m latent_diffusion_jax evaluate --workdir=runs/shapes64/text --number=200
+  python -m latent_diffusion_jax evaluate --workdir=runs/sr --sampler=dpmpp_2m --steps=20
+On the data `shapes` samples are read back from their pixels; super-resolution and inpainting are
+measured on any images.""",
     "convert": """\
 examples:
   python -m latent_diffusion_jax convert --from=model.ckpt --workdir=runs/cin256
@@ -88,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
             "--config.KEY", metavar="VALUE", help="override a key, such as --config.optim.lr=1e-4"
         )
         if name != "describe":
-            loads = name in ("sample", "reconstruct")
+            loads = name in ("sample", "evaluate", "reconstruct")
             p.add_argument(
                 "--workdir",
                 required=not loads,
@@ -109,33 +118,56 @@ def parser() -> argparse.ArgumentParser:
             help="of --from: averaged, where there are some, or as trained (%(default)s)",
         )
 
+    def add_sampling(p):
+        about = p.add_argument_group("how (default: the config's)").add_argument
+        about("--sampler", metavar="NAME", help="ddim, ddpm, plms, heun, unipc ...")
+        about("--steps", type=positive, metavar="N", help="sampling steps")
+        about("--timesteps", metavar="NAME", help="which steps: uniform, trailing, karras ...")
+        about("--eta", type=finite, metavar="X", help="of ddim: 0 is none, 1 as ddpm's noise")
+        about("--scale", type=finite, metavar="X", help="guidance; 1 is none")
+        return about
+
     verb("train", "Train the phase that the config says, or resume it.", train)
     verb("encode", "Cache the latents of a data set and measure their scale.", encode)
 
     p = verb("sample", "Generate images with a trained diffusion model.", sample)
-    p.add_argument("--number", type=positive, default=16, metavar="N", help="images (%(default)s)")
-    p.add_argument("--batch", type=positive, default=32, metavar="N", help="at once (%(default)s)")
-    p.add_argument("--labels", metavar="L,L", help="classes, by number or name (all in turn)")
-    p.add_argument("--prompt", metavar="TEXT", help="a caption, or @FILE with one per line")
-    p.add_argument("--layout", metavar="FILE", help="JSON: boxes and their classes")
-    p.add_argument("--segmentation", metavar="FILE", help="an image of class numbers, or a folder")
-    p.add_argument("--image", metavar="FILE", help="to upscale or to fill, or a folder of them")
-    p.add_argument("--mask", metavar="FILE", help="white where --image is to be filled")
-    p.add_argument("--embeddings", metavar="FILE", help=".npy, for retrieval-conditioned models")
-    p.add_argument("--size", type=size, metavar="HxW", help="of the images (as in training)")
-    p.add_argument("--scale", type=finite, metavar="X", help="guidance; 1 is none (the config's)")
-    p.add_argument("--sampler", metavar="NAME", help="ddim, ddpm, plms, heun, unipc ... (config's)")
-    p.add_argument("--steps", type=positive, metavar="N", help="sampling steps (the config's)")
-    p.add_argument("--timesteps", metavar="NAME", help="which steps: uniform, trailing, karras ...")
-    p.add_argument("--eta", type=finite, metavar="X", help="of ddim: 0 is none, 1 as ddpm's noise")
-    p.add_argument("--seed", type=seed, default=0, metavar="N", help="(%(default)s)")
-    p.add_argument("--out", type=named, metavar="DIR", help="where the PNGs go (WORKDIR/samples)")
+    about = p.add_argument_group("what the model is given, as it takes it").add_argument
+    about("--class", metavar="C,C", help="classes, by number or name (all in turn)")
+    about("--prompt", metavar="TEXT", help="a caption, or @FILE with one per line")
+    about("--layout", metavar="FILE", help="JSON: boxes and their classes")
+    about("--segmentation", metavar="FILE", help="an image of class numbers, or a folder")
+    about("--image", metavar="FILE", help="to upscale, to fill or to change, or a folder of them")
+    about("--mask", metavar="FILE", help="white where --image is to be filled")
+    about("--embeddings", metavar="FILE", help=".npy, for retrieval-conditioned models")
+    about = add_sampling(p)
+    about("--interval", type=interval, metavar="LO,HI", help="guidance at those t alone")
+    about("--threshold", type=share, metavar="X", help="dynamic thresholding, such as 0.995")
+    about = p.add_argument_group("any model").add_argument
+    about("--strength", type=share, metavar="X", help="of the change of --image (0.75; masks: 1)")
+    about("--guide", metavar="FILE", help="an image that samples are to look like, also smaller")
+    about("--guide_scale", type=finite, metavar="X", help="how much (%(default)s)", default=0.05)
+    about("--interpolate", action="store_true", help="from the seed's image 0 to its image 1")
+    about = p.add_argument_group("how many, how large, where").add_argument
+    about("--number", type=positive, metavar="N", help="images (16; of images given: all)")
+    about("--batch", type=positive, default=32, metavar="N", help="at once (%(default)s)")
+    about("--seed", type=seed, default=0, metavar="N", help="(%(default)s)")
+    about("--size", type=size, metavar="HxW", help="of the images (as in training)")
+    about("--window", type=positive, metavar="N", help="denoise in windows of N pixels")
+    about("--tile", type=positive, metavar="N", help="decode in tiles of N pixels")
+    about("--out", type=named, metavar="DIR", help="where the PNGs go (WORKDIR/samples)")
 
     p = verb("reconstruct", "Encode and decode images, and measure the loss.", reconstruct)
     p.add_argument("--number", type=positive, default=16, metavar="N", help="images (%(default)s)")
     p.add_argument("--batch", type=positive, default=16, metavar="N", help="at once (%(default)s)")
     p.add_argument("--input", type=named, metavar="DIR", help="of images (the validation split)")
     p.add_argument("--out", type=png, metavar="FILE", help="(WORKDIR/reconstructions.png)")
+
+    p = verb("evaluate", "Measure a model on validation examples.", evaluate)
+    add_sampling(p)
+    p.add_argument("--number", type=positive, default=200, metavar="N", help="(%(default)s)")
+    p.add_argument("--batch", type=positive, default=32, metavar="N", help="at once (%(default)s)")
+    p.add_argument("--seed", type=seed, default=0, metavar="N", help="(%(default)s)")
+    p.add_argument("--out", type=named, metavar="FILE", help="(WORKDIR/evaluation.json)")
 
     p = verb("convert", "Bring a published checkpoint in, or write one.", convert)
     add_from(p, "a checkpoint file or a diffusers folder to bring in")
@@ -173,6 +205,15 @@ def _size(text: str) -> tuple[int, int]:
 
 
 size = checked(_size, lambda s: min(s) >= 1, "HEIGHTxWIDTH, such as 512x768")
+
+
+def _interval(text: str) -> tuple[float, float]:
+    low, high = map(float, text.split(","))
+    return low, high
+
+
+interval = checked(_interval, lambda ends: ends[0] < ends[1], "LOW,HIGH, such as 100,800")
+share = checked(float, lambda x: 0 < x <= 1, "a number above 0, up to 1")
 
 
 def split_config(argv: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
@@ -362,29 +403,28 @@ def sample(args) -> None:
     from latent_diffusion_jax.inputs import OPTIONS, read_inputs
 
     trained, mesh = _trained(args, "diffusion")
-    options = dict(trained.config.sample)
-    for name in ("scale", "steps", "timesteps"):
-        if getattr(args, name) is not None:
-            options[name] = getattr(args, name)
-    if args.sampler not in (None, options["sampler"]):
-        options |= {"sampler": args.sampler, "options": {}}
-    if args.eta is not None:
-        options["options"] = {"eta": args.eta}
-
+    options = _sampling(args, trained.config)
     wanted = {option: getattr(args, option) for option in OPTIONS}
-    inputs, implied = read_inputs(trained.config, wanted, trained.class_names)
-    if args.size and implied and args.size != implied:
-        raise UserError(f"--size={args.size}: the image given makes {implied[0]}x{implied[1]}")
-    indices = np.arange(args.number)
-    inputs = {name: rows[indices % len(rows)] for name, rows in inputs.items()}
+    given = read_inputs(trained.config, wanted, trained.class_names)
+    if args.size and given.size and args.size != given.size:
+        raise UserError(f"--size={args.size}: the image given makes {given.size}")
+    if args.strength is not None and "start" not in given.inputs:
+        raise UserError(f"--strength={args.strength} is of the change of an --image")
+    number = args.number or (len(given.names) if given.names else 16)
+    indices = np.arange(number)
+    inputs = {name: rows[indices % len(rows)] for name, rows in given.inputs.items()}
+    if args.interpolate:
+        inputs["between"] = np.linspace(0, 1, number, dtype=np.float32)
+    extras = {name: getattr(args, name) for name in pipeline.Extras._fields}
     batches = pipeline.generate(
         trained,
         mesh,
         inputs=inputs,
-        number=args.number,
+        number=number,
         batch=args.batch,
         seed=args.seed,
-        size=args.size or implied,
+        size=args.size or given.size,
+        extras=pipeline.Extras(**extras),
         **options,
     )
     out = Path(args.out or Path(args.workdir or ".") / "samples")
@@ -394,10 +434,52 @@ def sample(args) -> None:
         "seed": args.seed,
         **options,
         "options": dict(options["options"]),
+        **{name: value for name, value in extras.items() if value is not None},
     }
     shown = {"label": inputs["label"]} if "label" in inputs else {}
-    grid = pipeline.write_samples(out, batches, args.number, shown, trained.class_names, asked)
-    print(f"{args.number} images in {out}, side by side in {grid}")
+    names = [given.names[i % len(given.names)] for i in indices] if given.names else None
+    grid = pipeline.write_samples(out, batches, number, shown, trained.class_names, asked, names)
+    print(f"{number} images in {out}, side by side in {grid}")
+
+
+def evaluate(args) -> None:
+    """Prints measures, and writes them with the protocol, beside a picture."""
+    from latent_diffusion_jax.evaluate.tasks import evaluate, write_picture
+
+    trained, mesh = _trained(args, "diffusion")
+    options = _sampling(args, trained.config)
+    measures, images, examples = evaluate(
+        trained, mesh, number=args.number, batch=args.batch, seed=args.seed, **options
+    )
+    out = Path(args.out or Path(args.workdir or ".") / "evaluation.json")
+    picture = out.with_suffix(".png")
+    kind = trained.config.conditioning.kind
+    write_picture(picture, kind, images, examples)
+    protocol = {
+        "split": "validation",
+        "number": len(images),
+        "seed": args.seed,
+        "step": trained.step,
+        **options,
+        "options": dict(options["options"]),
+    }
+    out.write_text(json.dumps({"measures": measures, "protocol": protocol}, indent=1))
+    for name, value in measures.items():
+        print(f"{name:20} {value:.4f}")
+    print(f"{len(images)} validation examples, {out}, {picture}")
+
+
+def _sampling(args, config) -> dict[str, Any]:
+    """Section `sample` of the config with what the command line changes."""
+    options = dict(config.sample)
+    for name in ("scale", "steps", "timesteps"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    if args.sampler not in (None, options["sampler"]):
+        options |= {"sampler": args.sampler, "options": {}}
+    if args.eta is not None:
+        options["options"] = {"eta": args.eta}
+    return options
 
 
 def reconstruct(args) -> None:

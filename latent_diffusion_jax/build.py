@@ -24,6 +24,7 @@ from latent_diffusion_jax.data.sources import SOURCES, make_source
 from latent_diffusion_jax.diffusion import objective as diffusion_objective
 from latent_diffusion_jax.diffusion.schedule import SCHEDULES, Schedule, make_betas, make_schedule
 from latent_diffusion_jax.errors import UserError, choose
+from latent_diffusion_jax.examples import KINDS, Prepare
 from latent_diffusion_jax.first_stage import objective as first_stage_objective
 from latent_diffusion_jax.first_stage.adversary import Adversary, check_patches, make_adversary
 from latent_diffusion_jax.first_stage.autoencoder import Autoencoder
@@ -52,6 +53,7 @@ CONDITIONERS: dict[str, Callable[..., Conditioner]] = {
     "embeddings": embeddings,
 }
 PHASES = ("first_stage", "diffusion")
+LOADER = ("source", "image_size", "crop", "flip")  # keys of section data; the others: `prepare`'s
 
 
 def unpack(
@@ -142,6 +144,28 @@ def inputs(config: ConfigDict, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     side = config.data.image_size
     entries = conditioner(config).inputs(side, side)
     return {k: jax.ShapeDtypeStruct((rows, *s.shape), s.dtype) for k, s in entries.items()}
+
+
+def prepare(config: ConfigDict) -> Prepare:
+    """(example, generator) -> what the conditioner reads of it."""
+    section = config.conditioning
+    parts = [section]
+    if section.kind == "several":
+        parts = [part for name, part in section.items() if name != "kind"]
+    makers = [(part, choose("conditioning", part.kind, KINDS)) for part in parts]
+    options = {name: value for name, value in config.data.items() if name not in LOADER}
+    taken = {name for _, make in makers for name in _keywords(make)} - {"conditioning"}
+    for name in options:
+        choose("key in config.data:", name, {**dict.fromkeys(taken), **dict.fromkeys(LOADER)})
+    made = []
+    for part, make in makers:
+        own = {name: value for name, value in options.items() if name in _keywords(make)}
+        made.append(unpack("data", make, own, conditioning=part))
+
+    def all_of_them(example, generator):
+        return {name: value for each in made for name, value in each(example, generator).items()}
+
+    return all_of_them
 
 
 def condition(config: ConfigDict) -> Callable[[Any, Any, Mapping], Cond]:
@@ -247,6 +271,9 @@ def init_params(config: ConfigDict) -> Callable[[jax.Array], dict]:
             ),
         )
         params = {"unet": network.init(unet_key, z, t, ports)["params"]}
+        if config.diffusion.get("learn_logvar", False):
+            start = config.diffusion.get("logvar_init", 0.0)
+            params["logvar"] = diffusion_objective.init_logvar(schedule(config), start)
         learned = {} if c.frozen else c.init(cond_key)
         return {**params, "conditioning": learned} if learned else params
 

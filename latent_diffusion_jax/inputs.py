@@ -7,29 +7,41 @@ from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from latent_diffusion_jax.conditioning.label import parse_labels
 from latent_diffusion_jax.conditioning.layout import Object, layout_tokens
 from latent_diffusion_jax.conditioning.text import make_tokenize
 from latent_diffusion_jax.data.folder import SUFFIXES
-from latent_diffusion_jax.data.transforms import read_rgb, to_float
+from latent_diffusion_jax.data.transforms import read_classes, read_rgb, to_float
 from latent_diffusion_jax.errors import UserError
+
+
+class Given(NamedTuple):
+    """What a person gave.
+
+    inputs: [N, ...] by name, {} where nothing was given. Of a conditioner, and of an edit: `start`
+      (images [N, H, W, 3] to start from) and `hole` ([N, H, W, 1], 1 where to be filled); `guide`
+      (images [N, h, w, 3] that samples are to look like).
+    size: height and width of the images that it implies, None where it implies none.
+    names: of the N rows' files, without suffix; None where they are not from image files.
+    """
+
+    inputs: dict[str, np.ndarray]
+    size: tuple[int, int] | None = None
+    names: list[str] | None = None
 
 
 def read_inputs(
     config: ConfigDict, asked: Mapping[str, str | None], class_names: Sequence[str] | None
-) -> tuple[dict[str, np.ndarray], tuple[int, int] | None]:
+) -> Given:
     """Reads what was asked for as inputs, one row per condition.
+
+    A model that is not conditioned on images takes --image, and --mask, for an edit of them.
 
     Args:
       config: of phase 2.
       asked: option -> its text; None where it was not given. Of OPTIONS.
       class_names: names that labels may be given by.
-
-    Returns:
-      Inputs [N, ...] by name, {} where the model takes none, and the image size (height, width)
-      that they imply, None where they imply none.
 
     Raises:
       UserError: an option that the model has no use for, or one that it needs and did not get; a
@@ -37,19 +49,33 @@ def read_inputs(
     """
     parts = {kind: part for kind, part in _parts(config).items() if kind in READERS}
     takes = {option for kind in parts for option in READERS[kind].options}
+    edits = "image" not in takes
+    takes |= {"guide", "image", "mask"} if edits else {"guide"}
     for option, text in asked.items():
         if text is not None and option not in takes:
-            has = (
-                f"it takes {', '.join(f'--{o}' for o in sorted(takes))}" if takes else "it has none"
+            others = ", ".join(f"--{other}" for other in sorted(takes))
+            raise UserError(
+                f"--{option}={text}: this model has no such condition; it takes {others}"
             )
-            raise UserError(f"--{option}={text}: this model has no such condition; {has}")
-    inputs: dict[str, np.ndarray] = {}
-    size: tuple[int, int] | None = None
-    for kind, section in parts.items():
-        found, implied = READERS[kind].read(config, section, asked, class_names)
-        inputs |= found
-        size = implied or size
-    return _aligned(inputs), size
+    given = [
+        READERS[kind].read(section, asked, config, class_names) for kind, section in parts.items()
+    ]
+    if edits and (asked.get("image") or asked.get("mask")):
+        given.append(_edit(asked))
+    if asked.get("guide"):
+        paths = _paths(asked["guide"], "")
+        given.append(Given({"guide": _images(paths)}, names=_stems(paths)))
+    inputs = {name: rows for each in given for name, rows in each.inputs.items()}
+    sizes = {each.size for each in given if each.size}
+    if len(sizes) > 1:
+        raise UserError(f"what is given is of several sizes: {', '.join(map(str, sorted(sizes)))}")
+    count = max((len(rows) for rows in inputs.values()), default=0)
+    names = [each.names for each in given if each.names]
+    return Given(
+        {name: _repeated(rows, count) for name, rows in inputs.items()},
+        next(iter(sizes), None),
+        [names[0][i % len(names[0])] for i in range(count)] if names else None,
+    )
 
 
 def _parts(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -59,21 +85,20 @@ def _parts(config: ConfigDict) -> dict[str, ConfigDict]:
     return {part.kind: part for name, part in section.items() if name != "kind"}
 
 
-def _aligned(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """All with as many rows as the longest, the others repeated in turn."""
-    count = max((len(rows) for rows in inputs.values()), default=0)
-    return {name: rows[np.arange(count) % len(rows)] for name, rows in inputs.items()}
+def _repeated(rows: np.ndarray, count: int) -> np.ndarray:
+    """As many rows as asked for, in turn."""
+    return rows[np.arange(count) % len(rows)]
 
 
-def _label(config, section, asked, class_names):
+def _label(section, asked, config, class_names):
     count = section.num_classes
-    if asked.get("labels") is None:
-        return {"label": np.arange(count, dtype=np.int32)}, None
-    labels = parse_labels(asked["labels"], count, class_names)
-    return {"label": np.asarray(labels, np.int32)}, None
+    if asked.get("class") is None:
+        return Given({"label": np.arange(count, dtype=np.int32)})
+    labels = parse_labels(asked["class"], count, class_names)
+    return Given({"label": np.asarray(labels, np.int32)})
 
 
-def _prompt(config, section, asked, class_names):
+def _prompt(section, asked, config, class_names):
     text = asked.get("prompt")
     if text is None:
         raise UserError("this model needs --prompt=TEXT, or --prompt=@FILE with a prompt per line")
@@ -86,22 +111,25 @@ def _prompt(config, section, asked, class_names):
     if not tokenizer:
         raise UserError("this model needs a tokeniser: --config.data.tokenizer=DIR")
     tokenize = make_tokenize(section.kind, tokenizer, section.max_length, section.get("pad"))
-    return {"tokens": tokenize(prompts)}, None
+    return Given({"tokens": tokenize(prompts)})
 
 
-def _layout(config, section, asked, class_names):
+def _layout(section, asked, config, class_names):
     path = asked.get("layout")
     if path is None:
         raise UserError(
             'this model needs --layout=FILE.json: a list of {"class": 3, "box": [x0, y0, x1, y1]},'
-            " or a list of such lists; boxes in 0..1"
+            " or a list of such lists; classes by number or name, boxes in 0..1"
         )
     text = _read(Path(path))
     try:
         layouts = json.loads(text)
         layouts = layouts if layouts and isinstance(layouts[0], list) else [layouts]
         objects = [
-            [Object(int(thing["class"]), tuple(map(float, thing["box"]))) for thing in each]  # type: ignore[arg-type]
+            [
+                Object(_class(thing["class"], section, class_names), _box(thing["box"]))
+                for thing in each
+            ]
             for each in layouts
         ]
     except (ValueError, KeyError, TypeError) as error:
@@ -111,27 +139,37 @@ def _layout(config, section, asked, class_names):
         layout_tokens(each, encode_crop=section.get("encode_crop", True), **options)
         for each in objects
     ]
-    return {"tokens": np.stack(tokens)}, None
+    return Given({"tokens": np.stack(tokens)})
 
 
-def _lowres(config, section, asked, class_names):
-    images = _images(asked.get("image"), "--image=FILE or folder, of small images")
+def _class(value: str | int, section: Mapping, class_names: Sequence[str] | None) -> int:
+    return parse_labels(str(value), section["num_classes"], class_names)[0]
+
+
+def _box(values: Sequence[float]) -> tuple[float, float, float, float]:
+    x0, y0, x1, y1 = map(float, values)
+    if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+        raise ValueError(f"box {list(values)} is not x0 < x1, y0 < y1 in 0..1")
+    return x0, y0, x1, y1
+
+
+def _lowres(section, asked, config, class_names):
+    paths = _paths(asked.get("image"), "--image=FILE or folder, of small images")
+    images = _images(paths)
     height, width = images.shape[1:3]
-    return {"lowres": images}, (height * section.factor, width * section.factor)
+    size = height * section.factor, width * section.factor
+    return Given({"lowres": images}, size, _stems(paths))
 
 
-def _segmentation(config, section, asked, class_names):
+def _segmentation(section, asked, config, class_names):
     paths = _paths(asked.get("segmentation"), "--segmentation=FILE.png, a class number per pixel")
     maps = _same_size(paths, [_class_map(path, section.num_classes) for path in paths])
-    return {"segmentation": maps}, maps.shape[1:3]
+    return Given({"segmentation": maps}, maps.shape[1:3], _stems(paths))
 
 
 def _class_map(path: Path, num_classes: int) -> np.ndarray:
     try:
-        with Image.open(path) as image:
-            classes = np.asarray(
-                image if image.mode in ("P", "L", "I", "I;16") else image.convert("L")
-            )
+        classes = read_classes(str(path))
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read as an image: {error}") from error
     if classes.max(initial=0) >= num_classes:
@@ -139,18 +177,34 @@ def _class_map(path: Path, num_classes: int) -> np.ndarray:
     return classes.astype(np.int32)
 
 
-def _inpainting(config, section, asked, class_names):
-    images = _images(asked.get("image"), "--image=FILE and --mask=FILE (white: to be filled)")
-    paths = _paths(asked.get("mask"), "--mask=FILE beside --image=FILE (white: to be filled)")
+def _inpainting(section, asked, config, class_names):
+    paths = _paths(asked.get("image"), "--image=FILE and --mask=FILE (white: to be filled)")
+    images = _images(paths)
+    hole = _holes(asked.get("mask"), images)
+    return Given({"image_to_fill": images, "mask": hole}, images.shape[1:3], _stems(paths))
+
+
+def _edit(asked: Mapping[str, str | None]) -> Given:
+    """Images to start from, and where to be filled."""
+    paths = _paths(asked.get("image"), "--image=FILE beside --mask=FILE")
+    images = _images(paths)
+    inputs = {"start": images}
+    if asked.get("mask") is not None:
+        inputs["hole"] = _holes(asked["mask"], images)
+    return Given(inputs, images.shape[1:3], _stems(paths))
+
+
+def _holes(text: str | None, images: np.ndarray) -> np.ndarray:
+    """float32 [M, H, W, 1] of masks as large as the images [N, H, W, 3], 1 where white."""
+    paths = _paths(text, "--mask=FILE beside --image=FILE (white: to be filled)")
     masks = _same_size(paths, [_read_image(path) for path in paths])
     if masks.shape[1:3] != images.shape[1:3]:
         here, there = ("x".join(map(str, x.shape[2:0:-1])) for x in (masks, images))
         raise UserError(f"--mask is {here} pixels, --image {there}: they must be of one size")
-    hole = (masks.mean(axis=-1, keepdims=True) >= 127.5).astype(np.float32)
-    return {"image_to_fill": images, "mask": hole}, images.shape[1:3]
+    return (masks.mean(axis=-1, keepdims=True) >= 127.5).astype(np.float32)
 
 
-def _embeddings(config, section, asked, class_names):
+def _embeddings(section, asked, config, class_names):
     path = asked.get("embeddings")
     wanted = (section.number, section.dim)
     if path is None:
@@ -163,18 +217,18 @@ def _embeddings(config, section, asked, class_names):
         raise UserError(f"{path!r} is not a .npy file: {error}") from error
     if array.ndim != 3 or not 1 <= array.shape[1] <= wanted[0] or array.shape[2] != wanted[1]:
         raise UserError(f"{path!r} is {list(array.shape)}, not [N, 1 to {wanted[0]}, {wanted[1]}]")
-    return {"embeddings": array.astype(np.float32)}, None
+    return Given({"embeddings": array.astype(np.float32)})
 
 
 class Reader(NamedTuple):
     """How a kind of condition is given: the options, and what makes inputs of them."""
 
     options: tuple[str, ...]
-    read: Callable[..., tuple[dict[str, np.ndarray], tuple[int, int] | None]]
+    read: Callable[..., Given]
 
 
 READERS = {
-    "label": Reader(("labels",), _label),
+    "label": Reader(("class",), _label),
     "text": Reader(("prompt",), _prompt),
     "clip": Reader(("prompt",), _prompt),
     "layout": Reader(("layout",), _layout),
@@ -183,7 +237,7 @@ READERS = {
     "inpainting": Reader(("image", "mask"), _inpainting),
     "embeddings": Reader(("embeddings",), _embeddings),
 }
-OPTIONS = tuple(dict.fromkeys(o for reader in READERS.values() for o in reader.options))
+OPTIONS = tuple(dict.fromkeys([o for r in READERS.values() for o in r.options] + ["guide"]))
 
 
 def _read(path: Path) -> str:
@@ -212,10 +266,13 @@ def _read_image(path: Path) -> np.ndarray:
         raise UserError(f"{str(path)!r} cannot be read as an image: {error}") from error
 
 
-def _images(text: str | None, needs: str) -> np.ndarray:
-    """float32 [N, H, W, 3] in [-1, 1] of a file or a folder."""
-    paths = _paths(text, needs)
+def _images(paths: Sequence[Path]) -> np.ndarray:
+    """float32 [N, H, W, 3] in [-1, 1]."""
     return to_float(_same_size(paths, [_read_image(path) for path in paths]))
+
+
+def _stems(paths: Sequence[Path]) -> list[str]:
+    return [path.stem for path in paths]
 
 
 def _same_size(paths: Sequence[Path], images: Sequence[np.ndarray]) -> np.ndarray:

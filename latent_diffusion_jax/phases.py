@@ -141,6 +141,8 @@ def check_classes(config: ConfigDict, num_classes: int | None) -> None:
 def _loader(config: ConfigDict, source, batch_size: int, train: bool):
     if batch_size % jax.process_count():
         raise UserError(f"batch of {batch_size} does not divide by {jax.process_count()} processes")
+    cached = isinstance(source, Latents)
+    conditional = config.phase == "diffusion" and not cached
     return make_loader(
         source,
         batch_size=batch_size // jax.process_count(),
@@ -149,7 +151,8 @@ def _loader(config: ConfigDict, source, batch_size: int, train: bool):
         train=train,
         crop=config.data.crop,
         flip=config.data.flip,
-        keys=build.batch_keys(config, cached=isinstance(source, Latents)),
+        prepare=build.prepare(config) if conditional else None,
+        keys=build.batch_keys(config, cached=cached),
         shard=(jax.process_index(), jax.process_count()),
     )
 
@@ -300,6 +303,7 @@ def fingerprint(config: ConfigDict, split: str, params: Any) -> dict[str, Any]:
         "split": split,
         "data": config.data.to_dict(),
         "first_stage": config.first_stage.to_dict(),
+        "conditioning": config.conditioning.to_dict(),
         "weights": zlib.crc32(json.dumps(checksums(params)).encode()),
     }
 

@@ -112,7 +112,7 @@ def test_help_shows_the_options_of_one_verb_with_examples(verb, capsys):
     own = {
         "train": set(),
         "encode": set(),
-        "sample": {"--number", "--batch", "--labels", "--scale", "--sampler", "--steps"}
+        "sample": {"--number", "--batch", "--class", "--scale", "--sampler", "--steps"}
         | {"--timesteps", "--eta", "--seed", "--out", "--from", "--weights", "--size"}
         | {"--prompt", "--layout", "--segmentation", "--image", "--mask", "--embeddings"},
         "reconstruct": {"--number", "--batch", "--input", "--out", "--from", "--weights"},
@@ -297,11 +297,11 @@ def test_mistakes_in_sampling(ldm, pixels, capsys):
     assert "eta 3.0 of the sampler 'ddim'; choose from 0 to 1" in of("--eta=3")
     assert "sampler 'ddpm'" in (line := of("--sampler=ddpm", "--eta=1"))
     assert "'eta'" in line
-    line = of("--labels=red circl")
+    line = of("--class=red circl")
     assert "unknown class 'red circl'; did you mean 'red circle'? one of blue circle" in line
-    assert "class 12 is not one of 0..11" in of("--labels=0,12")
-    assert "--labels=1: this model has no such condition; it has none" in of(
-        "--labels=1", workdir=pixels
+    assert "class 12 is not one of 0..11" in of("--class=0,12")
+    assert "--class=1: this model has no such condition; it has none" in of(
+        "--class=1", workdir=pixels
     )
 
 
@@ -496,7 +496,7 @@ def test_samples_depend_on_the_seed_and_the_options(ldm, diffusion, samples, tmp
 
 
 def test_labels_by_name_and_number(ldm, samples, tmp_path):
-    options = ["--number=5", "--labels=red circle, 5", "--scale=1", "--timesteps=trailing"]
+    options = ["--number=5", "--class=red circle, 5", "--scale=1", "--timesteps=trailing"]
     assert len(sampled(ldm, tmp_path, *options)) == 5
     about = json.loads((tmp_path / "samples.json").read_text())
     assert [image["label"] for image in about["images"]] == [0, 5, 0, 5, 0]

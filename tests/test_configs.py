@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from configs.tasks import TASKS
 from latent_diffusion_jax import build
 from latent_diffusion_jax.config import load_config
 
@@ -21,8 +22,10 @@ FILES = [
 VARIANTS = [
     (path.relative_to(ROOT).as_posix(), argument)
     for path in FILES
-    for argument in ("", "tiny", "vq", "gan", "pixels", "unconditional")
-    if not argument or f'"{argument}":' in path.read_text()
+    for argument in ("", "tiny", "vq", "gan", "pixels", *TASKS)
+    if not argument
+    or f'"{argument}":' in path.read_text()
+    or (argument in TASKS and "tasks.make" in path.read_text())
 ]
 
 

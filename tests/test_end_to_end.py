@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from latent_diffusion_jax.evaluate.oracle import accuracy
 from latent_diffusion_jax.train.metrics import read_jsonl
 from tests.cli import DIFFUSION, FIRST_STAGE, run
-from tests.oracle import accuracy
 
 CLASSES = 12
 

@@ -13,12 +13,13 @@ PARTS = {  # part -> what it may import beside itself and `errors`
     "config": [],
     "conditioning": ["nn"],
     "data": [],
+    "examples": ["conditioning", "data"],
     "train": [],
     "nn": ["conditioning.cond"],
     "diffusion": ["conditioning.cond"],
     "first_stage": ["nn", "train.objective"],
 }
-for top in ("build", "describe", "pipeline", "inputs", "convert", "phases", "__main__"):
+for top in ("build", "describe", "pipeline", "inputs", "evaluate", "convert", "phases", "__main__"):
     PARTS[top] = list(PARTS)  # all before them
 
 

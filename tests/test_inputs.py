@@ -47,16 +47,16 @@ def files(tmp_path):
 
 
 def test_labels_and_none():
-    inputs, size = read_inputs(LABEL, {"labels": "2,cat"}, ("dog", "cat", "cow"))
+    inputs, size, _ = read_inputs(LABEL, {"class": "2,cat"}, ("dog", "cat", "cow"))
     assert (inputs["label"].tolist(), size) == ([2, 1], None)
-    assert read_inputs(LABEL, {"labels": None}, None)[0]["label"].tolist() == [0, 1, 2]
-    assert read_inputs(NONE, {"labels": None}, None) == ({}, None)
+    assert read_inputs(LABEL, {"class": None}, None)[0]["label"].tolist() == [0, 1, 2]
+    assert read_inputs(NONE, {"class": None}, None) == ({}, None, None)
 
 
 def test_layouts(files):
     place, _ = files
-    one, _ = read_inputs(LAYOUT, {"layout": str(place / "one.json")}, None)
-    two, _ = read_inputs(LAYOUT, {"layout": str(place / "two.json")}, None)
+    one, *_ = read_inputs(LAYOUT, {"layout": str(place / "one.json")}, None)
+    two, *_ = read_inputs(LAYOUT, {"layout": str(place / "two.json")}, None)
     assert one["tokens"].tolist() == [[4, 0, 8099, 8191, 8191, 8191, 0, 8099]]
     assert two["tokens"].shape == (2, 8)
     assert two["tokens"][1].tolist() == [8191] * 6 + [0, 8099]
@@ -64,23 +64,23 @@ def test_layouts(files):
 
 def test_images(files):
     place, image = files
-    inputs, size = read_inputs(LOWRES, {"image": str(place / "folder")}, None)
+    inputs, size, names = read_inputs(LOWRES, {"image": str(place / "folder")}, None)
     assert inputs["lowres"].shape == (2, 8, 12, 3)
-    assert size == (32, 48)
+    assert (size, names) == ((32, 48), ["a", "b"])
     np.testing.assert_allclose((inputs["lowres"][0] + 1) * 127.5, image, atol=1e-4)
 
     asked = {"image": str(place / "folder"), "mask": str(place / "mask.png")}
-    inputs, size = read_inputs(FILL, asked, None)
+    inputs, size, names = read_inputs(FILL, asked, None)
     assert size == (8, 12)
     assert inputs["mask"].shape == (2, 8, 12, 1)  # one mask for both images
     assert inputs["mask"][1, 0, :, 0].tolist() == [0] * 6 + [1] * 6
 
-    inputs, size = read_inputs(MAPS, {"segmentation": str(place / "map.png")}, None)
+    inputs, size, names = read_inputs(MAPS, {"segmentation": str(place / "map.png")}, None)
     assert (inputs["segmentation"].dtype, size) == (np.int32, (8, 2))
 
 
 def test_embeddings(files):
-    inputs, _ = read_inputs(SEQUENCE, {"embeddings": str(files[0] / "e.npy")}, None)
+    inputs, *_ = read_inputs(SEQUENCE, {"embeddings": str(files[0] / "e.npy")}, None)
     assert inputs["embeddings"].shape == (5, 2, 3)
 
 
@@ -91,7 +91,9 @@ def test_two_conditions_at_once(files):
         what=dict(kind="label", num_classes=5, dim=8),
     )
     place, _ = files
-    inputs, size = read_inputs(both, {"image": str(place / "photo.png"), "labels": "1,2"}, None)
+    inputs, size, names = read_inputs(
+        both, {"image": str(place / "photo.png"), "class": "1,2"}, None
+    )
     assert {name: len(rows) for name, rows in inputs.items()} == {"lowres": 2, "label": 2}
     assert size == (32, 48)
 
@@ -99,8 +101,8 @@ def test_two_conditions_at_once(files):
 @pytest.mark.parametrize(
     "config,asked,message",
     [
-        (LABEL, {"prompt": "a cat"}, "--prompt=a cat: this model has no such .* takes --labels"),
-        (NONE, {"labels": "1"}, "--labels=1: .* it has none"),
+        (LABEL, {"prompt": "a cat"}, "--prompt=a cat: this model has no such .* takes --class"),
+        (NONE, {"class": "1"}, "--class=1: .* it takes --guide, --image, --mask"),
         (LAYOUT, {}, "needs --layout=FILE.json"),
         (LAYOUT, {"layout": "bad.json"}, "bad.json' is not a layout: KeyError: 'box'"),
         (LAYOUT, {"layout": "nowhere.json"}, "nowhere.json' cannot be read"),

@@ -5,22 +5,24 @@ python -m latent_diffusion_jax encode --config=configs/diffusion/folder64.py \\
     --config.conditioning.num_classes=N --config.run.first_stage=runs/mine/ae
 python -m latent_diffusion_jax train (the same arguments)
 
-Arguments: `:unconditional` (images without labels), `:vq` (on the VQ first stage), `:tiny` (a smoke
-run). See docs/emoji.md for a run with its cost and pictures. Sized for a CPU: on a GPU raise
-`unet.model_channels` and `train.batch_size`.
+Without an argument, the class of each image. Arguments: `:unconditional` (no label needed), `:text`
+(captions), `:layout` (objects in boxes), `:semantic` (segmentation maps), `:superres`,
+`:superres_bsr`, `:inpainting` (images alone); `:vq` (on the VQ first stage), `:tiny` (a smoke run).
+Captions, boxes and maps are those of a `metadata.jsonl`: see latent_diffusion_jax/data/folder.py;
+set `conditioning.num_classes` to the number of classes. See docs/emoji.md for a run with its cost
+and pictures. Sized for a CPU: on a GPU raise `unet.model_channels` and `train.batch_size`.
 """
 
-from configs import sections
+from configs import sections, tasks
 from configs.first_stage import folder64 as first_stage
 
 STEPS = 2_500
 
 
 def get_config(arg=""):
-    return sections.make(
+    return tasks.make(
         arg,
         {
-            "unconditional": {"conditioning": dict(kind="none")},
             "vq": {"first_stage": first_stage.VQ},
             "tiny": {
                 **first_stage.TINY,

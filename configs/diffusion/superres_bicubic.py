@@ -20,6 +20,7 @@ from configs.first_stage import vq_f4
 def get_config(arg=""):
     return published.diffusion(
         arg,
+        data=sections.folder(256, crop="zoom", flip=False, degradation="bicubic"),
         first_stage=vq_f4.NETWORK,
         conditioning=CONDITIONING,
         unet=UNET,

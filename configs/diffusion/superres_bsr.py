@@ -19,6 +19,7 @@ DIFFUSION = sections.diffusion(schedule=sections.linear(0.0015, 0.0155), conditi
 def get_config(arg=""):
     return published.diffusion(
         arg,
+        data=sections.folder(256, crop="zoom", flip=False, degradation="bsr_light"),
         first_stage=vq_f4.NETWORK,
         conditioning=CONDITIONING,
         unet=UNET,

@@ -4,6 +4,7 @@ Tokens are made on the host by `transformers`' tokenisers, from a folder, a voca
 name; the networks see int32 only.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ Tokenize = Callable[[Sequence[str]], np.ndarray]  # captions -> int32 [B, max_le
 
 BERT_EMPTY = (101, 102)  # [CLS] [SEP]; the rest is [PAD], 0
 CLIP_EMPTY = (49406, 49407)  # start, end
+BASIC = "basic"  # the small vocabulary that ships: everyday words, and letters for all others
+BASIC_SIZE = 636
 
 
 def text(
@@ -95,7 +98,8 @@ def make_tokenize(kind: str, tokenizer: str, max_length: int, pad: int | None = 
     Args:
       kind: "text" (WordPiece, lower case) or "clip" (byte pairs).
       tokenizer: a folder as `save_pretrained` writes it (vocab.txt; vocab.json and merges.txt), a
-        `vocab.txt`, or a name that `transformers` finds in its cache or on its hub.
+        `vocab.txt`, a name that `transformers` finds in its cache or on its hub, or for "text"
+        BASIC, a vocabulary of BASIC_SIZE word pieces that ships with the package.
       max_length: captions are cut there.
       pad: CLIP's filling after the end token; default: the end token.
 
@@ -133,9 +137,9 @@ PROBE = "a photograph of two dogs on the beach"
 
 
 def _bert(tokenizer: str) -> Callable[[list[str]], list[list[int]]]:
-    from transformers import BertTokenizer
+    BertTokenizer = _transformers().BertTokenizer
 
-    path = Path(tokenizer)
+    path = Path(__file__).with_name("vocabulary.txt") if tokenizer == BASIC else Path(tokenizer)
     vocabulary = path / "vocab.txt" if path.is_dir() else path
     if vocabulary.is_file():
         # `vocab_file=` is ignored by transformers 5, which then knows no word at all
@@ -153,9 +157,14 @@ def _bert(tokenizer: str) -> Callable[[list[str]], list[list[int]]]:
 
 
 def _clip(tokenizer: str) -> Callable[[list[str]], list[list[int]]]:
-    from transformers import CLIPTokenizer
+    return _probed(_transformers().CLIPTokenizer.from_pretrained(tokenizer), tokenizer)
 
-    return _probed(CLIPTokenizer.from_pretrained(tokenizer), tokenizer)
+
+def _transformers() -> Any:
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch
+    import transformers
+
+    return transformers
 
 
 def _probed(fast: Any, tokenizer: str) -> Callable[[list[str]], list[list[int]]]:

@@ -2,9 +2,15 @@
 
 Splits: `PATH/train` and `PATH/validation` (or `val`, or `test`) where they exist; otherwise one
 folder is split by a hash of each image's relative name, so that an image never changes sides when
-others are added. Labels and captions: from `metadata.jsonl` (lines of `file_name`, `text`, `label`;
-the images it lists are the data set), otherwise the first sub-folder is the class, otherwise none.
-Class names are sorted, and taken from the training folder for both splits.
+others are added. What is known of an image comes from `metadata.jsonl`, whose lines list the data
+set:
+
+    {"file_name": "a.jpg", "label": "dog", "text": "a dog", "segmentation": "maps/a.png",
+     "embeddings": "near/a.npy", "objects": [{"class": "dog", "box": [0.1, 0.2, 0.7, 0.9]}]}
+
+(all but `file_name` optional; boxes are x0, y0, x1, y1 in 0..1, maps hold a class number per
+pixel). Without it the first sub-folder is the class. Classes of images and of objects are numbered
+together: names are sorted, and taken from the training folder for both splits.
 """
 
 import hashlib
@@ -18,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from latent_diffusion_jax.data.transforms import read_rgb
+from latent_diffusion_jax.data.transforms import read_classes, read_rgb
 from latent_diffusion_jax.errors import UserError, choose
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -32,6 +38,15 @@ class Item(NamedTuple):
     name: str  # relative to the folder, with forward slashes
     label: str | int | None
     caption: str | None
+    objects: tuple[tuple[str | int, tuple[float, ...]], ...] | None = None  # class and box
+    segmentation: str | None = None  # files, relative to the folder
+    embeddings: str | None = None
+
+    @property
+    def classes(self) -> set[str | int]:
+        """Of the image and of its objects."""
+        of_image = set() if self.label is None else {self.label}
+        return of_image | {category for category, _ in self.objects or ()}
 
 
 class Folder:
@@ -75,13 +90,13 @@ class Folder:
                 f"the {split} split of {str(root)!r} is empty: {len(train)} images in all,"
                 f" validation_fraction {validation_fraction}"
             )
-        known = {item.label for item in train}
+        known = {category for item in train for category in item.classes}
         self.classes, self.class_names = number_classes(known)
         self.num_classes = max(self.classes.values()) + 1 if self.classes else None
         for item in items:
-            if item.label not in known:
+            for category in item.classes - known:
                 where = f"{item.name!r} in {str(self.root)!r}"
-                raise UserError(f"label {item.label!r} of {where} does not occur in training")
+                raise UserError(f"label {category!r} of {where} does not occur in training")
         self.items = check_images(self.root, items, unreadable)
 
     def __len__(self) -> int:
@@ -98,7 +113,21 @@ class Folder:
             example["label"] = np.int32(self.classes[item.label])
         if item.caption is not None:
             example["caption"] = item.caption
+        if item.objects is not None:
+            example["boxes"] = np.array([box for _, box in item.objects], np.float32).reshape(-1, 4)
+            example["box_labels"] = np.array([self.classes[c] for c, _ in item.objects], np.int32)
+        if item.segmentation is not None:
+            example["segmentation"] = self._map(item.segmentation, example["image"].shape[:2])
+        if item.embeddings is not None:
+            example["embeddings"] = np.load(self.root / item.embeddings).astype(np.float32)
         return example
+
+    def _map(self, name: str, size: tuple[int, ...]) -> np.ndarray:
+        file = str(self.root / name)
+        classes = read_classes(file)
+        if classes.shape != size:
+            raise UserError(f"map {file!r} is {classes.shape} pixels, its image {size}")
+        return classes
 
 
 def split_folders(root: Path) -> dict[str, Path] | None:
@@ -137,7 +166,7 @@ def list_items(root: Path) -> list[Item]:
         items = [Item(f.as_posix(), f.parts[0] if len(f.parts) > 1 else None, None) for f in files]
     if not items:
         raise UserError(f"no images in {str(root)!r} ({', '.join(SUFFIXES)})")
-    for key in ("label", "caption"):
+    for key in Item._fields[1:]:
         without = [item.name for item in items if getattr(item, key) is None]
         if 0 < len(without) < len(items):
             raise UserError(
@@ -165,20 +194,39 @@ def read_metadata(metadata: Path) -> list[Item]:
         if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
             raise UserError(f"{where} has no `file_name` string")
         name, label, caption = record["file_name"], record.get("label"), record.get("text")
-        if not (metadata.parent / name).is_file():
-            raise UserError(f"{where} names {name!r}, which is missing")
+        files = [record.get("segmentation"), record.get("embeddings")]
+        for file in (name, *(file for file in files if file is not None)):
+            if not isinstance(file, str) or not (metadata.parent / file).is_file():
+                raise UserError(f"{where} names {file!r}, which is missing")
         if isinstance(label, bool) or not isinstance(label, str | int | None):
             raise UserError(f"{where}: label {label!r} must be a string or a whole number")
         if isinstance(label, int) and label < 0:
             raise UserError(f"{where}: label {label} must not be negative")
         if not isinstance(caption, str | None):
             raise UserError(f"{where}: text {caption!r} must be a string")
-        items.append(Item(name, label, caption))
+        items.append(Item(name, label, caption, read_objects(record.get("objects"), where), *files))
     return sorted(items, key=lambda item: item.name)
 
 
+def read_objects(objects: Any, where: str) -> tuple | None:
+    """Classes and boxes of one line."""
+    if objects is None:
+        return None
+    try:
+        found = tuple((each["class"], tuple(map(float, each["box"]))) for each in objects)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: objects {objects!r}: {type(error).__name__} {error}") from None
+    for category, box in found:
+        x0, y0, x1, y1 = box if len(box) == 4 else (1.0, 1.0, 0.0, 0.0)
+        if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+            raise UserError(f"{where}: box {list(box)} is not x0 < x1, y0 < y1 in 0..1")
+        if isinstance(category, bool) or not isinstance(category, str | int):
+            raise UserError(f"{where}: class {category!r} must be a string or a whole number")
+    return found
+
+
 def number_classes(
-    labels: Set[str | int | None],
+    labels: Set[str | int],
 ) -> tuple[dict[str | int, int], tuple[str, ...] | None]:
     """Label -> class, and the names of the classes; whole numbers are the class and have none."""
     numbers = {label for label in labels if isinstance(label, int)}

@@ -6,7 +6,7 @@ set of examples with the same crops and flips whatever the number of hosts, and 
 iterator is one number.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import grain
@@ -15,7 +15,11 @@ import numpy as np
 from latent_diffusion_jax.data import transforms
 from latent_diffusion_jax.errors import UserError, choose
 
-CROPS = {"center": transforms.center_square, "random": transforms.random_square}
+CROPS = {
+    "center": transforms.center_square,
+    "random": transforms.random_square,
+    "zoom": transforms.zoomed_square,
+}
 
 
 def make_loader(
@@ -25,8 +29,9 @@ def make_loader(
     image_size: int,
     seed: int,
     train: bool,
-    crop: Literal["center", "random"] = "center",
+    crop: Literal["center", "random", "zoom"] = "center",
     flip: bool = False,
+    prepare: Callable[[dict, np.random.Generator], dict] | None = None,
     keys: Sequence[str] = ("image", "label"),
     shard: tuple[int, int] = (0, 1),
     threads: int = 2,
@@ -48,8 +53,10 @@ def make_loader(
       image_size: the side of the square images to make.
       seed: of the order and of the transforms, 0 to 2**32 - 1.
       train: shuffle, repeat and augment.
-      crop: where along the longer side the square is cut, in training.
+      crop: which square is cut out in training: the largest, in the middle ("center") or anywhere
+        along the longer side ("random"), or one of half to all of that side anywhere ("zoom").
       flip: mirror half of the images left to right, in training.
+      prepare: (example, generator) -> entries to add, made after the image is cut.
       keys: the entries of an example to keep.
       shard: (index, count) of this host.
       threads: that make batches.
@@ -65,8 +72,6 @@ def make_loader(
         raise UserError(f"data seed {seed} must be 0 to 2**32 - 1")
     if len(source) < (1 if train else count):
         raise UserError(f"{len(source)} examples are too few for {count} host(s)")
-    check_keys(source[0], keys)
-
     by_batch = hasattr(source, "fetch")
     dataset = grain.MapDataset.range(len(source)) if by_batch else grain.MapDataset.source(source)
     dataset = dataset.seed(seed)
@@ -75,14 +80,20 @@ def make_loader(
     if not by_batch:
         square = choose("crop", crop, CROPS) if train else transforms.center_square
 
-        def prepare(example: dict, generator: np.random.Generator) -> dict:
+        def make(example: dict, generator: np.random.Generator) -> dict:
             height, width = example["image"].shape[:2]
             where = square(height, width, generator)
             mirror = train and flip and bool(generator.random() < 0.5)
             out = transforms.transform(example, where, image_size, mirror)
+            if prepare is not None:
+                out |= prepare(out, generator)
+            check_keys(out, keys)
             return {key: out[key] for key in keys}
 
-        dataset = dataset.random_map(prepare)
+        make(source[0], np.random.default_rng(seed))  # what is wrong is told here, not in a thread
+        dataset = dataset.random_map(make)
+    else:
+        check_keys(source[0], keys)
     dataset = dataset[index : len(dataset) // count * count : count]
     dataset = dataset.batch(batch_size, drop_remainder=train)
     if by_batch:

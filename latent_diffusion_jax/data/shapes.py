@@ -5,6 +5,7 @@ label, a caption, bounding boxes and a segmentation map, and all of them are exa
 """
 
 import functools
+import hashlib
 import math
 import operator
 from typing import Literal, NamedTuple
@@ -97,6 +98,8 @@ class Shapes:
       size: the number of examples of this split.
       seed: of all of them, 0 to 2**64 - 1.
       shapes: the least and the most shapes of one image, 1 to 3.
+      held_out: the share of all captions that never occur in training; where it is above 0, no
+        other captions occur in validation. From 0 to below 1.
 
     Raises:
       UserError: an unknown split, or a number out of range.
@@ -113,6 +116,7 @@ class Shapes:
         size: int = 50_000,
         seed: int = 0,
         shapes: tuple[int, int] = (1, 1),
+        held_out: float = 0.0,
     ):
         choose("split", split, SPLITS)
         fewest, most = shapes
@@ -124,7 +128,10 @@ class Shapes:
             raise UserError(f"shapes seed {seed} must be 0 to 2**64 - 1")
         if not 1 <= fewest <= most <= MAX_SHAPES:
             raise UserError(f"shapes {tuple(shapes)} must be (min, max) within 1 to {MAX_SHAPES}")
+        if not 0 <= held_out < 1:
+            raise UserError(f"shapes held_out {held_out} must be from 0 to below 1")
         self.split, self.image_size, self.size, self.seed = split, image_size, size, seed
+        self.held_out = held_out
         self.fewest, self.most = fewest, most
 
     def __len__(self) -> int:
@@ -140,7 +147,10 @@ class Shapes:
         shade = (
             generator.uniform(20, 70) if generator.random() < 0.5 else generator.uniform(185, 235)
         )
-        shapes = draw_shapes(generator, int(generator.integers(self.fewest, self.most + 1)))
+        while True:
+            shapes = draw_shapes(generator, int(generator.integers(self.fewest, self.most + 1)))
+            if self._belongs(describe(shapes)):
+                break
         image, segmentation = render(shapes, shade, self.image_size)
         boxes = np.zeros((MAX_SHAPES, 4), np.float32)
         boxes[: len(shapes)] = [shape.box for shape in shapes]
@@ -154,6 +164,14 @@ class Shapes:
             "box_labels": labels,
             "segmentation": segmentation,
         }
+
+    def _belongs(self, caption: str) -> bool:
+        """Whether a caption may occur in this split: a hash of it decides."""
+        if not self.held_out:
+            return True
+        digest = hashlib.sha256(caption.encode()).digest()
+        unseen = int.from_bytes(digest[:6], "big") / 2**48 < self.held_out
+        return unseen == (self.split == "validation")
 
 
 def draw_shapes(generator: np.random.Generator, count: int) -> list[Shape]:

@@ -29,6 +29,13 @@ def read_rgb(file: str | IO[bytes]) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
+def read_classes(file: str | IO[bytes]) -> np.ndarray:
+    """Reads an image of class numbers (grey or palette) as uint8 or uint16 [H, W]."""
+    with Image.open(file) as image:
+        plain = image if image.mode in ("P", "L", "I", "I;16") else image.convert("L")
+        return np.asarray(plain)
+
+
 def center_square(height: int, width: int, generator: np.random.Generator) -> Square:
     """The largest square in the middle; `generator` is not used."""
     side = min(height, width)
@@ -42,13 +49,20 @@ def random_square(height: int, width: int, generator: np.random.Generator) -> Sq
     return int(top), int(generator.integers(width - side + 1)), side
 
 
+def zoomed_square(height: int, width: int, generator: np.random.Generator) -> Square:
+    """A square of half to all of the shorter side, anywhere: as published for super-resolution."""
+    side = int(min(height, width) * generator.uniform(0.5, 1))
+    top = generator.integers(height - side + 1)
+    return int(top), int(generator.integers(width - side + 1)), side
+
+
 def resize(
     image: np.ndarray,
     square: Square,
     size: int,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> np.ndarray:
-    """Cuts `square` out of uint8 [H, W] or [H, W, 3] and resizes it, antialiased, to `size`."""
+    """Cuts `square` out of [H, W] or [H, W, 3] and resizes it, antialiased, to `size`."""
     top, left, side = square
     image = image[top : top + side, left : left + side]
     if side == size:

@@ -13,7 +13,7 @@ from flax import struct
 from latent_diffusion_jax.errors import choose
 
 Params = dict[str, Any]  # network name -> parameter tree
-TRAINING_ONLY = ("discriminator",)  # networks that no image is made with
+TRAINING_ONLY = ("discriminator", "logvar")  # networks that no image is made with
 
 
 @struct.dataclass

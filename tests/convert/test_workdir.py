@@ -258,7 +258,7 @@ def test_the_command_line(ldm, tmp_path, capsys):
     path, tensors = ldm
     work, out = tmp_path / "work", tmp_path / "tuned.ckpt"
     config = f"--config={LDM}"
-    sampling = ["--number=2", "--batch=2", "--labels=3,7"]
+    sampling = ["--number=2", "--batch=2", "--class=3,7"]
     do("convert", f"--from={path}", config, f"--workdir={work}")
     do("sample", f"--workdir={work}", *sampling, f"--out={tmp_path}/a")
     do("sample", f"--from={path}", config, *sampling, f"--out={tmp_path}/b")

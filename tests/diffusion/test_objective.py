@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 
 from latent_diffusion_jax.conditioning.cond import Cond, Conditioner, unconditional
+from latent_diffusion_jax.diffusion import objective
 from latent_diffusion_jax.diffusion.objective import (
     drop_condition,
-    example_losses,
+    example_errors,
+    init_logvar,
     loss_metrics,
     make_loss,
+    prior_bits_per_dim,
+    variational_weights,
 )
 from latent_diffusion_jax.diffusion.prediction import PREDICTIONS
 from latent_diffusion_jax.diffusion.schedule import at, make_schedule
@@ -57,23 +61,90 @@ def batch_of(size):
     return {"z": z, "label": jnp.arange(size) % CLASSES}
 
 
+def published_loss(monkeypatch, arrays, **options):
+    """Our loss and metrics of the stored z, t and eps, with the stored network."""
+    c = arrays["c"].reshape(-1, 1, 1, 1)
+    monkeypatch.setattr(objective, "draw", lambda *keys: (arrays["t"], arrays["noise"]))
+    loss_function = make_loss(
+        denoise_network=lambda params, z_t, t, cond, key: (
+            0.6 * z_t + 0.1 * jnp.sin(t / 100).reshape(-1, 1, 1, 1) + 0.05 * c
+        ),
+        **conditioning(unconditional()),
+        latents=lambda frozen, batch, key: jnp.asarray(arrays["x0"]),
+        schedule=SCHEDULE,
+        **options,
+    )
+    params = {"unet": {}, "logvar": init_logvar(SCHEDULE, options.get("logvar_init", 0.0))}
+    return loss_function(params, None, {}, jax.random.key(0), True)
+
+
 @pytest.mark.parametrize("loss", ["l1", "l2"])
 @pytest.mark.parametrize("prediction", ["eps", "x0"])
-def test_loss_equals_published(loss, prediction):
+@pytest.mark.parametrize("elbo_weight,learned", [(0.0, False), (0.1, False), (0.1, True)])
+def test_loss_equals_published(monkeypatch, loss, prediction, elbo_weight, learned):
     arrays, _ = golden("diffusion_ops")
-    c = arrays["c"].reshape(-1, 1, 1, 1)
-    losses = example_losses(
-        lambda z, t: 0.6 * z + 0.1 * jnp.sin(t / 100).reshape(-1, 1, 1, 1) + 0.05 * c,
-        SCHEDULE,
-        jnp.asarray(arrays["x0"]),
-        jnp.asarray(arrays["t"]),
-        jnp.asarray(arrays["noise"]),
-        prediction=prediction,
-        loss=loss,
-        weighting="uniform",
-    )
-    expected = arrays[f"out_loss_{loss}_{prediction}_elbo0.0_logvar0"]
-    np.testing.assert_allclose(losses.mean(), expected[:2], rtol=1e-5)
+    logvar = dict(learn_logvar=True, logvar_init=0.2, l_simple_weight=0.7) if learned else {}
+    options = dict(loss=loss, prediction=prediction, elbo_weight=elbo_weight, **logvar)
+    found, metrics = published_loss(monkeypatch, arrays, **options)
+    expected = arrays[f"out_loss_{loss}_{prediction}_elbo{elbo_weight}_logvar{learned:d}"]
+    terms = dict(zip(("loss", "loss_simple", "loss_vlb"), expected, strict=True))
+    np.testing.assert_allclose(found, terms["loss"], rtol=1e-5)
+    assert elbo_weight == 0 or terms.keys() <= metrics.keys()
+    for name in terms.keys() & metrics.keys():
+        np.testing.assert_allclose(metrics[name], terms[name], rtol=1e-5, err_msg=name)
+
+
+def test_a_logvar_that_is_not_learned_weighs_the_same(monkeypatch):
+    arrays, _ = golden("diffusion_ops")
+    weights = dict(logvar_init=0.2, l_simple_weight=0.7, elbo_weight=0.1)
+    found, metrics = published_loss(monkeypatch, arrays, **weights)
+    np.testing.assert_allclose(found, arrays["out_loss_l2_eps_elbo0.1_logvar1"][0], rtol=1e-5)
+    assert "logvar" not in metrics
+
+
+@pytest.mark.parametrize("prediction,suffix", [("eps", ""), ("x0", "_x0")])
+@pytest.mark.parametrize(
+    "case,name,rtol", [("txt2img", "linear", 5e-5), ("cosine", "cosine", 2e-4)]
+)
+def test_variational_weights_equal_published(case, name, rtol, prediction, suffix):
+    """As far as float32 allows: neighbours of a table are subtracted, by them as well."""
+    arrays, info = golden("schedules")
+    options = {k: v for k, v in info["schedules"][case].items() if k != "beta_schedule"}
+    found = variational_weights(make_schedule(name=name, **options), prediction)
+    np.testing.assert_allclose(found, arrays[f"{case}/lvlb_weights{suffix}"], rtol=rtol)
+
+
+def test_eps_and_v_have_the_same_bound():
+    """The same network, told as eps and as v."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    z, eps, output = (jax.random.normal(key, [999, 2, 2, 1]) for key in keys)
+    t = jnp.arange(1, 1000)
+    alpha, sigma = at(SCHEDULE, t, 4)
+
+    def bound(prediction, network):
+        errors = example_errors(network, SCHEDULE, z, t, eps, prediction=prediction, loss="l2")
+        return variational_weights(SCHEDULE, prediction)[1:] * errors
+
+    of_v = bound("v", lambda z_t, t: output)
+    of_eps = bound("eps", lambda z_t, t: sigma * z_t + alpha * output)
+    np.testing.assert_allclose(of_v, of_eps, rtol=1e-4)
+
+
+def test_gradient_of_the_learned_logvar():
+    """d/dlogvar mean(L / exp(logvar) + logvar) at 0 is mean(1 - L), at the drawn t alone."""
+    loss_function = loss_for(unconditional(), learn_logvar=True)
+    params = {"unet": {"scale": jnp.array(0.0)}, "logvar": init_logvar(SCHEDULE, 0.0)}
+    gradient = jax.jit(jax.grad(loss_function, has_aux=True), static_argnums=4)
+    found, metrics = gradient(params, 1.0, {"z": batch_of(64)["z"]}, jax.random.key(0), True)
+    found = found["logvar"]["table"]["bias"]
+    np.testing.assert_allclose(found.sum(), 1 - metrics["loss_simple"], rtol=1e-5)
+    assert 32 < (found != 0).sum() <= 64
+
+
+def test_bits_of_the_prior_are_the_published():
+    arrays, _ = golden("diffusion_ops")
+    found = prior_bits_per_dim(SCHEDULE, jnp.asarray(arrays["x0"]))
+    np.testing.assert_allclose(found, arrays["out_prior_bpd"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("prediction,closed", [("eps", 1.0), ("x0", 4.0), ("v", None)])
@@ -82,7 +153,7 @@ def test_zero_network_leaves_the_power_of_the_target(prediction, closed):
     keys = jax.random.split(jax.random.key(0))
     t = jnp.arange(1000)
     z, eps = (jax.random.normal(key, [1000, 8, 8, 1]) for key in keys)
-    losses = example_losses(
+    losses = example_errors(
         lambda z_t, t: jnp.zeros_like(z_t),
         SCHEDULE,
         2 * z,
@@ -90,7 +161,6 @@ def test_zero_network_leaves_the_power_of_the_target(prediction, closed):
         eps,
         prediction=prediction,
         loss="l2",
-        weighting="uniform",
     )
     alpha, sigma = at(SCHEDULE, t)
     expected = closed or float((alpha**2 + 4 * sigma**2).mean())
@@ -224,6 +294,8 @@ def test_metrics_by_quarter_of_t():
         ({"weighting": "min_snt"}, "did you mean 'min_snr'"),
         ({"loss": "l1", "weighting": "min_snr"}, "squared errors"),
         ({"condition_dropout": -0.1}, "-0.1"),
+        ({"elbo_weight": -0.2}, "-0.2"),
+        ({"l_simple_weight": -0.3}, "-0.3"),
     ],
 )
 def test_bad_options_are_one_clear_line(options, message):
