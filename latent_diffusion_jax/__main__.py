@@ -399,7 +399,7 @@ def sample(args) -> None:
     """Writes PNGs, a grid of them, and `samples.json` with what was asked for."""
     import numpy as np
 
-    from latent_diffusion_jax import pipeline
+    from latent_diffusion_jax import pipeline, sampling
     from latent_diffusion_jax.inputs import OPTIONS, read_inputs
 
     trained, mesh = _trained(args, "diffusion")
@@ -415,8 +415,8 @@ def sample(args) -> None:
     inputs = {name: rows[indices % len(rows)] for name, rows in given.inputs.items()}
     if args.interpolate:
         inputs["between"] = np.linspace(0, 1, number, dtype=np.float32)
-    extras = {name: getattr(args, name) for name in pipeline.Extras._fields}
-    batches = pipeline.generate(
+    extras = {name: getattr(args, name) for name in sampling.Extras._fields}
+    batches = sampling.generate(
         trained,
         mesh,
         inputs=inputs,
@@ -424,7 +424,7 @@ def sample(args) -> None:
         batch=args.batch,
         seed=args.seed,
         size=args.size or given.size,
-        extras=pipeline.Extras(**extras),
+        extras=sampling.Extras(**extras),
         **options,
     )
     out = Path(args.out or Path(args.workdir or ".") / "samples")

@@ -19,7 +19,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from latent_diffusion_jax import build, pipeline
+from latent_diffusion_jax import build, pipeline, sampling
 from latent_diffusion_jax.config import stored_config, to_json
 from latent_diffusion_jax.convert.lpips import HOW_TO_GET, load_lpips
 from latent_diffusion_jax.data.latents import Latents, write_latents
@@ -84,7 +84,7 @@ def _first_stage(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
 
 def _diffusion(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
     objective = build.objective(config, mesh)
-    make = pipeline.make_generate
+    make = sampling.make_generate
     generate = build.unpack("sample", make, config.sample, config=config, mesh=mesh)
     if config.latents.source == "cache":
         frozen = prepare_frozen(config, workdir, mesh)
@@ -116,7 +116,7 @@ def _diffusion(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
 def preview_inputs(config: ConfigDict, source, indices: np.ndarray) -> dict[str, np.ndarray]:
     """Conditions for pictures during training: every class in turn, or the first examples'."""
     if set(build.conditioner(config).keys) <= {"label"}:
-        return pipeline.example_inputs(config, indices)
+        return sampling.example_inputs(config, indices)
     examples = next(in_order(config, source, min(len(indices), len(source))))
     rows = indices % len(next(iter(examples.values())))
     return {name: examples[name][rows] for name in build.conditioner(config).keys}

@@ -26,7 +26,7 @@ from tests.cli import (
     without,
 )
 
-VERBS = ("train", "encode", "sample", "reconstruct", "convert", "describe")
+VERBS = ("train", "encode", "sample", "evaluate", "reconstruct", "convert", "describe")
 PIXELS = """
 from configs.diffusion import shapes
 
@@ -108,13 +108,17 @@ def test_help_shows_the_options_of_one_verb_with_examples(verb, capsys):
         main([verb, "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    options = set(re.findall(r"^  (--[a-z]+)", text, re.MULTILINE))
+    options = set(re.findall(r"^  (--[a-z_]+)", text, re.MULTILINE))
     own = {
         "train": set(),
         "encode": set(),
         "sample": {"--number", "--batch", "--class", "--scale", "--sampler", "--steps"}
         | {"--timesteps", "--eta", "--seed", "--out", "--from", "--weights", "--size"}
-        | {"--prompt", "--layout", "--segmentation", "--image", "--mask", "--embeddings"},
+        | {"--prompt", "--layout", "--segmentation", "--image", "--mask", "--embeddings"}
+        | {"--interval", "--threshold", "--strength", "--guide", "--guide_scale"}
+        | {"--interpolate", "--window", "--tile"},
+        "evaluate": {"--number", "--batch", "--seed", "--out", "--from", "--weights"}
+        | {"--sampler", "--steps", "--timesteps", "--eta", "--scale"},
         "reconstruct": {"--number", "--batch", "--input", "--out", "--from", "--weights"},
         "convert": {"--from", "--to", "--weights", "--dtype"},
         "describe": {"--json", "--arrays"},
@@ -300,7 +304,7 @@ def test_mistakes_in_sampling(ldm, pixels, capsys):
     line = of("--class=red circl")
     assert "unknown class 'red circl'; did you mean 'red circle'? one of blue circle" in line
     assert "class 12 is not one of 0..11" in of("--class=0,12")
-    assert "--class=1: this model has no such condition; it has none" in of(
+    assert "--class=1: this model has no such condition; it takes --guide, --image, --mask" in of(
         "--class=1", workdir=pixels
     )
 

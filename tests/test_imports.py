@@ -19,7 +19,10 @@ PARTS = {  # part -> what it may import beside itself and `errors`
     "diffusion": ["conditioning.cond"],
     "first_stage": ["nn", "train.objective"],
 }
-for top in ("build", "describe", "pipeline", "inputs", "evaluate", "convert", "phases", "__main__"):
+for top in (
+    *("build", "describe", "pipeline", "sampling", "inputs", "evaluate", "convert"),
+    *("phases", "__main__"),
+):
     PARTS[top] = list(PARTS)  # all before them
 
 

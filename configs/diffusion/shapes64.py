@@ -14,7 +14,7 @@ from configs import sections, tasks
 from configs.first_stage import shapes64 as first_stage
 
 STEPS = 2_400
-SHORT = {"run.steps": 1_600, "optim.schedule.max_decay_steps": 1_600}  # conditions that say most
+SHORT = {"run.steps": 1_200, "optim.schedule.max_decay_steps": 1_200}  # conditions that say most
 
 
 def get_config(arg=""):
@@ -55,7 +55,7 @@ def get_config(arg=""):
             transformer_depth=1,
             num_groups=16,
         ),
-        diffusion=sections.diffusion(),
+        diffusion=sections.diffusion(prediction="v"),  # what is where is decided at much noise
         latents=sections.latents("cache"),
         optim=sections.adamw(1e-3, schedule=sections.cosine(STEPS, 100)),
         train=dict(batch_size=32, accumulate=1, ema_decay=0.9999, ema_networks=("unet",)),

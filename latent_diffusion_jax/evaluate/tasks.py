@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image, ImageDraw
 
-from latent_diffusion_jax import build, pipeline
+from latent_diffusion_jax import build, pipeline, sampling
 from latent_diffusion_jax.data.transforms import center_square, to_uint8, transform
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.evaluate import oracle
@@ -49,7 +49,7 @@ def evaluate(
     keys = build.conditioner(config).keys
     inputs = {key: np.stack([example[key] for example in examples]) for key in keys}
     number = len(examples)
-    batches = pipeline.generate(
+    batches = sampling.generate(
         trained, mesh, inputs=inputs, number=number, batch=batch, seed=seed, **options
     )
     images = np.concatenate([to_uint8(images) for images in batches])

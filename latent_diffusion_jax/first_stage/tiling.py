@@ -8,10 +8,65 @@ meet without a line, but where their contents differ much, colours can drift fro
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.nn.windows import make_grid, ramp_weight
+
+Statistics = dict[str, tuple[jax.Array, jax.Array]]  # of a norm's groups: mean and mean square
+
+
+def tiled_evenly(
+    function: Callable[[Any, jax.Array], jax.Array], tile: int, overlap: int
+) -> Callable[[Any, Any], np.ndarray]:
+    """`tiled` for (params, array), in two passes: the first measures what the norms then share.
+
+    Statistics of deeper norms are those of the first pass, whose own norms saw one tile: more
+    passes would bring them closer to the whole image's, by little.
+    """
+    measure = jax.jit(lambda params, x: observed(function, None, params, x)[1])
+    apply = jax.jit(lambda found, params, x: observed(function, found, params, x)[0])
+    plain = jax.jit(function)
+
+    def call(params, array):
+        if max(array.shape[1:3]) <= tile:
+            return np.asarray(plain(params, array))
+        grid = make_grid(array.shape[1:3], tile, tile - overlap)
+        (h, w), array = grid.window, np.asarray(array)
+        each = [measure(params, array[:, y : y + h, x : x + w]) for y, x in grid.starts]
+        shared = jax.tree.map(lambda *values: sum(values) / len(values), *each)
+        return tiled(lambda x: apply(shared, params, x), tile, overlap)(array)
+
+    return call
+
+
+def observed(
+    function: Callable[..., jax.Array], given: Statistics | None, *args: Any
+) -> tuple[jax.Array, Statistics]:
+    """function(*args) and the statistics of its GroupNorms, which use those given instead."""
+    found: Statistics = {}
+
+    def normalise(call, args, kwargs, context):
+        norm = context.module
+        if not isinstance(norm, nn.GroupNorm) or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        x = args[0].astype(jnp.float32)
+        groups = x.reshape(*x.shape[:-1], norm.num_groups, -1)
+        axes = (*range(1, x.ndim - 1), x.ndim)
+        mean = groups.mean(axes, keepdims=True)
+        place = "/".join(norm.path)
+        found[place] = mean, groups.var(axes, keepdims=True) + mean**2
+        mean, square = found[place] if given is None else given[place]
+        unit = (groups - mean) * jax.lax.rsqrt(square - mean**2 + norm.epsilon)
+        weights = norm.variables["params"]
+        scale, bias = (jnp.expand_dims(weights[n], range(x.ndim - 1)) for n in ("scale", "bias"))
+        return (unit.reshape(x.shape) * scale + bias).astype(args[0].dtype)
+
+    with nn.intercept_methods(normalise):
+        return function(*args), found
 
 
 def tiled(

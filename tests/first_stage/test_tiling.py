@@ -6,7 +6,7 @@ import pytest
 
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.first_stage.stage import make_first_stage
-from latent_diffusion_jax.first_stage.tiling import tiled
+from latent_diffusion_jax.first_stage.tiling import observed, tiled, tiled_evenly
 from tests.published import weights
 
 RNG = np.random.default_rng(0)
@@ -91,3 +91,49 @@ def test_one_program_whatever_the_image_and_memory_of_a_tile():
 def test_an_overlap_that_cannot_be_is_named(overlap):
     with pytest.raises(UserError, match=f"overlap of 1 to 15, not {overlap}"):
         tiled(np.tanh, 16, overlap)(normal(1, 32, 32, 1))
+
+
+def contrasting():
+    """A latent whose left half is calm and whose right half is not."""
+    z = normal(1, 32, 64, 4)
+    z[:, :, :32] *= 0.05
+    return z
+
+
+def test_norms_use_the_statistics_that_they_are_given():
+    z = contrasting()
+    plain = STAGE.decode(PARAMS, z)
+    image, whole = observed(STAGE.decode, None, PARAMS, z)
+    np.testing.assert_allclose(image, plain, atol=1e-4)
+    assert len(whole) > 5
+    again, of_part = observed(STAGE.decode, whole, PARAMS, z[:, :, :32])
+    _, own = observed(STAGE.decode, None, PARAMS, z[:, :, :32])
+    first = "decoder/mid/block_1.norm1"
+    name = first if first in own else next(iter(own))
+    np.testing.assert_allclose(of_part[name][1], own[name][1], rtol=1e-4)  # the first norm's input
+    assert np.abs(again - STAGE.decode(PARAMS, z[:, :, :32])).max() > 0.1
+
+
+def test_shared_norms_bring_tiles_closer_to_the_whole():
+    stage = make_first_stage(
+        kind="kl",
+        channels=8,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        z_channels=4,
+        embed_dim=4,
+        num_groups=2,
+        mid_attention=False,
+    )
+    params = weights(jax.eval_shape(stage.init, jax.random.key(0)))
+    z = contrasting()
+    whole = np.asarray(stage.decode(params, z))
+
+    def error(image):
+        return np.sqrt(np.mean((image - whole) ** 2))
+
+    decode = jax.jit(stage.decode)
+    alone = error(tiled(lambda x: decode(params, x), 32, 8)(z))
+    shared = error(tiled_evenly(stage.decode, 32, 8)(params, z))
+    assert shared < alone / 2
+    np.testing.assert_allclose(tiled_evenly(stage.decode, 64, 8)(params, z), whole, atol=1e-4)
