@@ -3,64 +3,17 @@
 Verbs are a few lines each and import what they need, so that `--help` and mistakes answer at once.
 """
 
-import argparse
 import contextlib
 import json
-import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from latent_diffusion_jax.arguments import make_parser, split_config
 from latent_diffusion_jax.errors import UserError, differences
-
-EXAMPLES = {
-    "train": """\
-examples:
-  python -m latent_diffusion_jax train --config=configs/first_stage/shapes.py --workdir=runs/ae
-  python -m latent_diffusion_jax train --config=configs/diffusion/shapes.py --workdir=runs/ldm \\
-      --config.run.first_stage=runs/ae --config.optim.lr=1e-4
-Run the same command again to resume. Ctrl-C and SIGTERM save first.""",
-    "encode": """\
-example:
-  python -m latent_diffusion_jax encode --config=configs/diffusion/shapes.py --workdir=runs/ldm \\
-      --config.run.first_stage=runs/ae
-Then train with --config.latents.source=cache.""",
-    "sample": """\
-examples:
-  python -m latent_diffusion_jax sample --workdir=runs/ldm --number=64 --scale=2
-  python -m latent_diffusion_jax sample --workdir=runs/ldm --class="red circle,5" --steps=100 \\
-      --eta=1 --out=red_circles
-  python -m latent_diffusion_jax sample --from=model.ckpt --prompt="a virus monster" \\
-      --config.data.tokenizer=DIR --number=4 --out=monsters
-  python -m latent_diffusion_jax sample --workdir=runs/fill --image=photo.png --mask=hole.png
-  python -m latent_diffusion_jax sample --workdir=runs/ldm --image=photo.png --strength=0.5
-  python -m latent_diffusion_jax sample --workdir=runs/ldm --size=512x1024 --window=256 --tile=512
-Image i depends on the seed and i alone, whatever the batch size and the number of devices.""",
-    "reconstruct": """\
-examples:
-  python -m latent_diffusion_jax reconstruct --workdir=runs/ae --number=16
-  python -m latent_diffusion_jax reconstruct --workdir=runs/ae --input=photos/""",
-    "evaluate": """\
-examples:
-  python -m latent_diffusion_jax evaluate --workdir=runs/shapes64/text --number=200
-  python -m latent_diffusion_jax evaluate --workdir=runs/sr --sampler=dpmpp_2m --steps=20
-On the data `shapes` samples are read back from their pixels; super-resolution and inpainting are
-measured on any images.""",
-    "convert": """\
-examples:
-  python -m latent_diffusion_jax convert --from=model.ckpt --workdir=runs/cin256
-  python -m latent_diffusion_jax convert --workdir=runs/cin256 --to=model.safetensors
-  python -m latent_diffusion_jax convert --workdir=runs/cin256 --to=folder_for_diffusers/
-A checkpoint's config is recognised from its keys. Its workdir samples and trains.""",
-    "describe": """\
-examples:
-  python -m latent_diffusion_jax describe --config=configs/diffusion/shapes.py
-  python -m latent_diffusion_jax describe --config=configs/diffusion/shapes.py:tiny --json""",
-}
-
 
 FREE = ("data", "dtype", "mesh", "published", "run", "sample")  # what using a model may change
 CURVES = {
@@ -69,178 +22,11 @@ CURVES = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line, `--config...` apart: those are split off before (see `split_config`)."""
-    top = argparse.ArgumentParser(
-        prog="latent_diffusion_jax",
-        description="Latent diffusion models in JAX: train, resume and sample both phases.",
-        epilog="`VERB --help` shows the options of one verb, with examples.",
-    )
-    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
-
-    def verb(name, about, run):
-        p = verbs.add_parser(
-            name,
-            help=about,
-            description=about,
-            epilog=EXAMPLES[name],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        p.set_defaults(run=run)
-        # shown in the help; parsed by `split_config`
-        optional = "" if name in ("encode", "describe") else " (default: the workdir's)"
-        p.add_argument(
-            "--config", metavar="FILE[:ARG]", help=f"config file and its argument{optional}"
-        )
-        p.add_argument(
-            "--config.KEY", metavar="VALUE", help="override a key, such as --config.optim.lr=1e-4"
-        )
-        if name != "describe":
-            loads = name in ("sample", "evaluate", "reconstruct")
-            p.add_argument(
-                "--workdir",
-                required=not loads,
-                type=named,
-                metavar="DIR",
-                help="where the run lives",
-            )
-            if loads:
-                add_from(p, "a checkpoint file or a diffusers folder, instead of a workdir")
-        return p
-
-    def add_from(p, about):
-        p.add_argument("--from", dest="origin", type=named, metavar="PATH", help=about)
-        p.add_argument(
-            "--weights",
-            choices=("ema", "raw"),
-            default="ema",
-            help="of --from: averaged, where there are some, or as trained (%(default)s)",
-        )
-
-    def add_sampling(p):
-        about = p.add_argument_group("how (default: the config's)").add_argument
-        about("--sampler", metavar="NAME", help="ddim, ddpm, plms, heun, unipc ...")
-        about("--steps", type=positive, metavar="N", help="sampling steps")
-        about("--timesteps", metavar="NAME", help="which steps: uniform, trailing, karras ...")
-        about("--eta", type=finite, metavar="X", help="of ddim: 0 is none, 1 as ddpm's noise")
-        about("--scale", type=finite, metavar="X", help="guidance; 1 is none")
-        return about
-
-    verb("train", "Train the phase that the config says, or resume it.", train)
-    verb("encode", "Cache the latents of a data set and measure their scale.", encode)
-
-    p = verb("sample", "Generate images with a trained diffusion model.", sample)
-    about = p.add_argument_group("what the model is given, as it takes it").add_argument
-    about("--class", metavar="C,C", help="classes, by number or name (all in turn)")
-    about("--prompt", metavar="TEXT", help="a caption, or @FILE with one per line")
-    about("--layout", metavar="FILE", help="JSON: boxes and their classes")
-    about("--segmentation", metavar="FILE", help="an image of class numbers, or a folder")
-    about("--image", metavar="FILE", help="to upscale, to fill or to change, or a folder of them")
-    about("--mask", metavar="FILE", help="white where --image is to be filled")
-    about("--embeddings", metavar="FILE", help=".npy, for retrieval-conditioned models")
-    about = add_sampling(p)
-    about("--interval", type=interval, metavar="LO,HI", help="guidance at those t alone")
-    about("--threshold", type=share, metavar="X", help="dynamic thresholding, such as 0.995")
-    about = p.add_argument_group("any model").add_argument
-    about("--strength", type=share, metavar="X", help="of the change of --image (0.75; masks: 1)")
-    about("--guide", metavar="FILE", help="an image that samples are to look like, also smaller")
-    about("--guide_scale", type=finite, metavar="X", help="how much (%(default)s)", default=0.05)
-    about("--interpolate", action="store_true", help="from the seed's image 0 to its image 1")
-    about = p.add_argument_group("how many, how large, where").add_argument
-    about("--number", type=positive, metavar="N", help="images (16; of images given: all)")
-    about("--batch", type=positive, default=32, metavar="N", help="at once (%(default)s)")
-    about("--seed", type=seed, default=0, metavar="N", help="(%(default)s)")
-    about("--size", type=size, metavar="HxW", help="of the images (as in training)")
-    about("--window", type=positive, metavar="N", help="denoise in windows of N pixels")
-    about("--tile", type=positive, metavar="N", help="decode in tiles of N pixels")
-    about("--out", type=named, metavar="DIR", help="where the PNGs go (WORKDIR/samples)")
-
-    p = verb("reconstruct", "Encode and decode images, and measure the loss.", reconstruct)
-    p.add_argument("--number", type=positive, default=16, metavar="N", help="images (%(default)s)")
-    p.add_argument("--batch", type=positive, default=16, metavar="N", help="at once (%(default)s)")
-    p.add_argument("--input", type=named, metavar="DIR", help="of images (the validation split)")
-    p.add_argument("--out", type=png, metavar="FILE", help="(WORKDIR/reconstructions.png)")
-
-    p = verb("evaluate", "Measure a model on validation examples.", evaluate)
-    add_sampling(p)
-    p.add_argument("--number", type=positive, default=200, metavar="N", help="(%(default)s)")
-    p.add_argument("--batch", type=positive, default=32, metavar="N", help="at once (%(default)s)")
-    p.add_argument("--seed", type=seed, default=0, metavar="N", help="(%(default)s)")
-    p.add_argument("--out", type=named, metavar="FILE", help="(WORKDIR/evaluation.json)")
-
-    p = verb("convert", "Bring a published checkpoint in, or write one.", convert)
-    add_from(p, "a checkpoint file or a diffusers folder to bring in")
-    p.add_argument("--to", type=named, metavar="PATH", help=".safetensors, .ckpt or a new folder")
-    p.add_argument("--dtype", metavar="NAME", help="of --to, such as float16 (the original's)")
-
-    p = verb("describe", "Say what would be built, without building it.", describe)
-    p.add_argument("--json", action="store_true", help="for programs")
-    p.add_argument("--arrays", action="store_true", help="list every trained array instead")
-    return top
-
-
-def checked(read: Callable[[str], Any], accepts: Callable[[Any], bool], what: str) -> Callable:
-    """A type for argparse: `read(text)`, refused unless it `accepts` that."""
-
-    def parse(text: str) -> Any:
-        with contextlib.suppress(ValueError):
-            if accepts(value := read(text)):
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-
-    return parse
-
-
-positive = checked(int, lambda n: n >= 1, "a whole number from 1 on")
-seed = checked(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
-finite = checked(float, math.isfinite, "a finite number")
-named = checked(str, bool, "a path")
-png = checked(str, lambda path: path.lower().endswith(".png"), "a .png file")
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, width = text.lower().split("x")
-    return int(height), int(width)
-
-
-size = checked(_size, lambda s: min(s) >= 1, "HEIGHTxWIDTH, such as 512x768")
-
-
-def _interval(text: str) -> tuple[float, float]:
-    low, high = map(float, text.split(","))
-    return low, high
-
-
-interval = checked(_interval, lambda ends: ends[0] < ends[1], "LOW,HIGH, such as 100,800")
-share = checked(float, lambda x: 0 < x <= 1, "a number above 0, up to 1")
-
-
-def split_config(argv: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
-    """Parts `argv` into the rest, the value of --config and the --config.key=value overrides."""
-    rest, spec, overrides = [], None, []
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name != "--config" and not name.startswith("--config."):
-            rest.append(word)
-            continue
-        if not equals:
-            value = next(words, "")
-            if not value:
-                raise UserError(f"{name} has no value; write {name}=VALUE")
-        if name == "--config":
-            spec = value
-        else:
-            overrides.append(f"{name}={value}")
-    return rest, spec, overrides
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code: 2 for a mistake of the user's."""
     try:
         rest, spec, overrides = split_config(sys.argv[1:] if argv is None else argv)
-        args = parser().parse_args(rest)
+        args = make_parser(VERBS).parse_args(rest)
         args.config, args.overrides = spec, overrides
         _set_up_jax()
         return args.run(args) or 0
@@ -505,6 +291,12 @@ def describe(args) -> None:
         return
     facts = describe(config)
     print(json.dumps(facts, indent=2) if args.json else table(facts))
+
+
+VERBS = {
+    verb.__name__: verb
+    for verb in (train, encode, sample, evaluate, reconstruct, convert, describe)
+}
 
 
 if __name__ == "__main__":

@@ -130,7 +130,8 @@ def test_help_shows_the_options_of_one_verb_with_examples(verb, capsys):
 
 
 def test_examples_of_the_help_are_real_commands(capsys):
-    from latent_diffusion_jax.__main__ import EXAMPLES, parser, split_config
+    from latent_diffusion_jax.__main__ import VERBS as RUN
+    from latent_diffusion_jax.arguments import EXAMPLES, make_parser, split_config
     from latent_diffusion_jax.config import load_config
 
     for text in EXAMPLES.values():
@@ -139,7 +140,7 @@ def test_examples_of_the_help_are_real_commands(capsys):
         for command in commands:
             words = re.sub(r'"(.*?)"', lambda m: m[1].replace(" ", "_"), command).split()
             rest, spec, overrides = split_config(words)
-            parser().parse_args(rest)
+            make_parser(RUN).parse_args(rest)
             if spec:
                 load_config(str(ROOT / spec), overrides)
 

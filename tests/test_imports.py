@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "latent_diffusion_jax"
 PARTS = {  # part -> what it may import beside itself and `errors`
     "errors": [],
     "config": [],
+    "arguments": [],
     "conditioning": ["nn"],
     "data": [],
     "examples": ["conditioning", "data"],
