@@ -193,7 +193,8 @@ def sample(args) -> None:
     wanted = {option: getattr(args, option) for option in OPTIONS}
     given = read_inputs(trained.config, wanted, trained.class_names)
     if args.size and given.size and args.size != given.size:
-        raise UserError(f"--size={args.size}: the image given makes {given.size}")
+        asked_for, made = (f"{height}x{width}" for height, width in (args.size, given.size))
+        raise UserError(f"--size={asked_for}: the image given makes {made}")
     if args.strength is not None and "start" not in given.inputs:
         raise UserError(f"--strength={args.strength} is of the change of an --image")
     number = args.number or (len(given.names) if given.names else 16)

@@ -124,6 +124,14 @@ def first_stage(config: ConfigDict) -> FirstStage:
     return stage
 
 
+def conditions(config: ConfigDict) -> list[ConfigDict]:
+    """The sections of the model's conditions: one, or those of kind "several"."""
+    section = config.conditioning
+    if section.kind != "several":
+        return [section]
+    return [part for name, part in section.items() if name != "kind"]
+
+
 def conditioner(config: ConfigDict) -> Conditioner:
     """The conditioner; kind "several" has one in each of its other keys."""
 
@@ -148,11 +156,7 @@ def inputs(config: ConfigDict, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 def prepare(config: ConfigDict) -> Prepare:
     """(example, generator) -> what the conditioner reads of it."""
-    section = config.conditioning
-    parts = [section]
-    if section.kind == "several":
-        parts = [part for name, part in section.items() if name != "kind"]
-    makers = [(part, choose("conditioning", part.kind, KINDS)) for part in parts]
+    makers = [(part, choose("conditioning", part.kind, KINDS)) for part in conditions(config)]
     options = {name: value for name, value in config.data.items() if name not in LOADER}
     taken = {name for _, make in makers for name in _keywords(make)} - {"conditioning"}
     for name in options:

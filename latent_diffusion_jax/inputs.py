@@ -8,11 +8,17 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from latent_diffusion_jax import build
 from latent_diffusion_jax.conditioning.label import parse_labels
 from latent_diffusion_jax.conditioning.layout import Object, layout_tokens
 from latent_diffusion_jax.conditioning.text import make_tokenize
 from latent_diffusion_jax.data.folder import SUFFIXES
-from latent_diffusion_jax.data.transforms import read_classes, read_rgb, to_float
+from latent_diffusion_jax.data.transforms import (
+    read_box,
+    read_classes,
+    read_rgb,
+    to_float,
+)
 from latent_diffusion_jax.errors import UserError
 
 
@@ -47,7 +53,7 @@ def read_inputs(
       UserError: an option that the model has no use for, or one that it needs and did not get; a
         file that cannot be read, or images of several sizes.
     """
-    parts = {kind: part for kind, part in _parts(config).items() if kind in READERS}
+    parts = {part.kind: part for part in build.conditions(config) if part.kind in READERS}
     takes = {option for kind in parts for option in READERS[kind].options}
     edits = "image" not in takes
     takes |= {"guide", "image", "mask"} if edits else {"guide"}
@@ -68,7 +74,8 @@ def read_inputs(
     inputs = {name: rows for each in given for name, rows in each.inputs.items()}
     sizes = {each.size for each in given if each.size}
     if len(sizes) > 1:
-        raise UserError(f"what is given is of several sizes: {', '.join(map(str, sorted(sizes)))}")
+        several = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
+        raise UserError(f"what is given is of several sizes: {several}")
     count = max((len(rows) for rows in inputs.values()), default=0)
     names = [each.names for each in given if each.names]
     return Given(
@@ -76,13 +83,6 @@ def read_inputs(
         next(iter(sizes), None),
         [names[0][i % len(names[0])] for i in range(count)] if names else None,
     )
-
-
-def _parts(config: ConfigDict) -> dict[str, ConfigDict]:
-    section = config.conditioning
-    if section.kind != "several":
-        return {section.kind: section}
-    return {part.kind: part for name, part in section.items() if name != "kind"}
 
 
 def _repeated(rows: np.ndarray, count: int) -> np.ndarray:
@@ -127,7 +127,7 @@ def _layout(section, asked, config, class_names):
         layouts = layouts if layouts and isinstance(layouts[0], list) else [layouts]
         objects = [
             [
-                Object(_class(thing["class"], section, class_names), _box(thing["box"]))
+                Object(_class(thing["class"], section, class_names), read_box(thing["box"]))
                 for thing in each
             ]
             for each in layouts
@@ -144,13 +144,6 @@ def _layout(section, asked, config, class_names):
 
 def _class(value: str | int, section: Mapping, class_names: Sequence[str] | None) -> int:
     return parse_labels(str(value), section["num_classes"], class_names)[0]
-
-
-def _box(values: Sequence[float]) -> tuple[float, float, float, float]:
-    x0, y0, x1, y1 = map(float, values)
-    if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
-        raise ValueError(f"box {list(values)} is not x0 < x1, y0 < y1 in 0..1")
-    return x0, y0, x1, y1
 
 
 def _lowres(section, asked, config, class_names):

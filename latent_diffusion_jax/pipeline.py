@@ -165,12 +165,12 @@ def write_samples(
 
 
 def _file_names(names: Sequence[str]) -> list[str]:
-    """`a.png`, `b.png`, `a_1.png` of a, b, a; never one name twice."""
-    files: dict[str, None] = {}
+    """`a.png`, `b.png`, `a_1.png` of a, b, a; never one name twice, nor the grid's."""
+    files: dict[str, None] = {"grid.png": None}
     for name in names:
         counted = (f"{name}_{i}.png" for i in itertools.count(1))
         files[next(f for f in itertools.chain([f"{name}.png"], counted) if f not in files)] = None
-    return list(files)
+    return list(files)[1:]
 
 
 def write_reconstructions(

@@ -114,18 +114,18 @@ def make_generate(
     def generate(params, frozen, *rest):
         return decode(gather(mesh, frozen), latent(params, frozen, *rest))
 
-    tiles = extras.tile is not None
-    compiled = jax.jit(latent if tiles else generate, out_shardings=replicated(mesh))
+    by_tiles = None
     if extras.tile is not None:
         side = _latent_side("tile", extras.tile, stage)
         by_tiles = tiled_evenly(lambda f, z: decode(gather(mesh, f), z), side, max(side // 4, 1))
+    compiled = jax.jit(latent if by_tiles else generate, out_shardings=replicated(mesh))
     scales = jnp.float32(scale), jnp.float32(extras.guide_scale)
 
     def call(params, frozen, inputs, key, indices):
         rows = put_batch(mesh, {**inputs, "indices": indices})
         indices = rows.pop("indices")
         out = compiled(params, frozen, rows, key, indices, scales)
-        return by_tiles(frozen, out) if tiles else out
+        return by_tiles(frozen, out) if by_tiles else out
 
     return call
 
@@ -155,13 +155,13 @@ def make_denoiser(config: ConfigDict, guided: bool, extras: Extras) -> Callable[
             )
 
         asked = {name: inputs[name] for name in conditioner.keys}
-        denoise = of(asked)
         if guided:
             both = (conditioner.null(asked), asked)
-            plain = denoise
             denoise = guide(of(jax.tree.map(lambda *x: jnp.concatenate(x), *both)), scale)
             if extras.interval is not None:
-                denoise = within(extras.interval, denoise, plain)
+                denoise = within(extras.interval, denoise, of(asked))
+        else:
+            denoise = of(asked)
         if "guide" in inputs:
             wanted = inputs["guide"]
 

@@ -48,7 +48,7 @@ def get_config(arg=""):
         diffusion=sections.diffusion(),
         latents=sections.latents("cache"),
         optim=sections.adamw(1e-3, schedule=sections.cosine(STEPS, 100)),
-        train=dict(batch_size=32, accumulate=1, ema_decay=0.9999, ema_networks=("unet",)),
+        train=sections.train(32),
         sample=sections.sample(scale=2.0, options=dict(eta=1.0)),
         run=sections.run(
             steps=STEPS,

@@ -50,7 +50,7 @@ def get_config(arg=""):
         loss=dict(pixel="l2", perceptual_weight=0.0, kl_weight=1e-2),
         discriminator=sections.NO_DISCRIMINATOR,
         optim=sections.adam(2e-3, schedule=sections.cosine(STEPS, 50)),
-        train=dict(batch_size=16, accumulate=1, ema_decay=0.0, ema_networks=()),
+        train=sections.train(16, ema_decay=0.0, ema_networks=()),
         run=sections.run(
             steps=STEPS,
             log_every=50,

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from latent_diffusion_jax.data.transforms import read_classes, read_rgb
+from latent_diffusion_jax.data.transforms import read_box, read_classes, read_rgb
 from latent_diffusion_jax.errors import UserError, choose
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -213,13 +213,12 @@ def read_objects(objects: Any, where: str) -> tuple | None:
     if objects is None:
         return None
     try:
-        found = tuple((each["class"], tuple(map(float, each["box"]))) for each in objects)
-    except (KeyError, TypeError, ValueError) as error:
+        found = tuple((each["class"], read_box(each["box"])) for each in objects)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    except (KeyError, TypeError) as error:
         raise UserError(f"{where}: objects {objects!r}: {type(error).__name__} {error}") from None
-    for category, box in found:
-        x0, y0, x1, y1 = box if len(box) == 4 else (1.0, 1.0, 0.0, 0.0)
-        if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
-            raise UserError(f"{where}: box {list(box)} is not x0 < x1, y0 < y1 in 0..1")
+    for category, _ in found:
         if isinstance(category, bool) or not isinstance(category, str | int):
             raise UserError(f"{where}: class {category!r} must be a string or a whole number")
     return found

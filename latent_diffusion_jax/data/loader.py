@@ -81,12 +81,7 @@ def make_loader(
         square = choose("crop", crop, CROPS) if train else transforms.center_square
 
         def make(example: dict, generator: np.random.Generator) -> dict:
-            height, width = example["image"].shape[:2]
-            where = square(height, width, generator)
-            mirror = train and flip and bool(generator.random() < 0.5)
-            out = transforms.transform(example, where, image_size, mirror)
-            if prepare is not None:
-                out |= prepare(out, generator)
+            out = cut(example, generator, square, image_size, train and flip, prepare)
             check_keys(out, keys)
             return {key: out[key] for key in keys}
 
@@ -105,6 +100,22 @@ def make_loader(
         dataset = dataset.map(gather)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
     return iter(dataset.to_iter_dataset(options))
+
+
+def cut(
+    example: dict,
+    generator: np.random.Generator,
+    square: Callable[[int, int, np.random.Generator], transforms.Square],
+    image_size: int,
+    flip: bool,
+    prepare: Callable[[dict, np.random.Generator], dict] | None,
+) -> dict:
+    """An example of a source, cut to size, perhaps mirrored, with what `prepare` makes of it."""
+    height, width = example["image"].shape[:2]
+    where = square(height, width, generator)
+    mirror = flip and bool(generator.random() < 0.5)
+    out = transforms.transform(example, where, image_size, mirror)
+    return out if prepare is None else out | prepare(out, generator)
 
 
 def check_keys(example: Mapping[str, Any], keys: Sequence[str]) -> None:

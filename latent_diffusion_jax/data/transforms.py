@@ -4,6 +4,7 @@ As the published models were trained: the smallest side is resized to the model'
 is cropped (in one step here: the square first, at full resolution), `x / 127.5 - 1`.
 """
 
+from collections.abc import Iterable
 from typing import IO
 
 import numpy as np
@@ -68,6 +69,16 @@ def resize(
     if side == size:
         return image
     return np.asarray(Image.fromarray(image).resize((size, size), resample))
+
+
+def read_box(values: Iterable[float]) -> tuple[float, float, float, float]:
+    """A box x0, y0, x1, y1, in 0..1 of the image; ValueError where it is none."""
+    box = tuple(map(float, values))
+    if len(box) == 4:
+        x0, y0, x1, y1 = box
+        if 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1:
+            return x0, y0, x1, y1
+    raise ValueError(f"box {list(box)} is not x0 < x1, y0 < y1 in 0..1")
 
 
 def crop_boxes(boxes: np.ndarray, height: int, width: int, square: Square) -> np.ndarray:

@@ -141,7 +141,11 @@ def segmentation_iou(image: np.ndarray, segmentation: np.ndarray) -> float:
 
 def psnr(image: np.ndarray, truth: np.ndarray) -> float:
     """Peak signal-to-noise ratio of two images in dB, over all pixels and channels."""
-    error = np.mean((image.astype(np.float64) - truth) ** 2)
+    return decibels(np.mean((image.astype(np.float64) - truth) ** 2))
+
+
+def decibels(error: float) -> float:
+    """The peak signal-to-noise ratio of a mean squared error, in levels of 255."""
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 

@@ -14,13 +14,15 @@ from jax.sharding import Mesh
 from PIL import Image, ImageDraw
 
 from latent_diffusion_jax import build, pipeline, sampling
-from latent_diffusion_jax.data.transforms import center_square, to_uint8, transform
+from latent_diffusion_jax.data.loader import cut
+from latent_diffusion_jax.data.transforms import center_square, to_uint8
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.evaluate import oracle
 from latent_diffusion_jax.evaluate.scene import read_scene
 
 Examples = Sequence[Mapping[str, Any]]  # images uint8 and what else the data has, with the inputs
 Measures = dict[str, float]
+Measure = Callable[[np.ndarray, Examples], Measures]  # of samples uint8 [N, H, W, 3]
 SHOWN = 8
 ANY_IMAGES = ("lowres", "inpainting")
 
@@ -62,11 +64,8 @@ def validation_examples(config: Any, number: int) -> list[dict]:
     examples = []
     for i in range(min(number, len(source))):
         generator = np.random.default_rng([config.seed, i])
-        example = source[i]
-        height, width, _ = example["image"].shape
-        square = center_square(height, width, generator)
-        example = transform(example, square, config.data.image_size, flip=False)
-        example |= prepare(example, generator)
+        size = config.data.image_size
+        example = cut(source[i], generator, center_square, size, flip=False, prepare=prepare)
         examples.append({**example, "image": to_uint8(example["image"])})
     return examples
 
@@ -101,20 +100,13 @@ def _captions(images: np.ndarray, examples: Examples) -> Measures:
     }
 
 
-def _boxes(images: np.ndarray, examples: Examples) -> Measures:
-    overlaps = [
-        oracle.box_iou(image, example["boxes"], example["box_labels"])
-        for image, example in zip(images, examples, strict=True)
-    ]
-    return {"box_iou": float(np.mean(overlaps))}
+def _mean(name: str, score: Callable[[np.ndarray, Mapping], float]) -> Measure:
+    """The mean of a score of each image, given its example."""
 
+    def measure(images, examples):
+        return {name: float(np.mean([score(*pair) for pair in zip(images, examples, strict=True)]))}
 
-def _maps(images: np.ndarray, examples: Examples) -> Measures:
-    overlaps = [
-        oracle.segmentation_iou(image, example["segmentation"])
-        for image, example in zip(images, examples, strict=True)
-    ]
-    return {"segmentation_iou": float(np.mean(overlaps))}
+    return measure
 
 
 def _upscaled(images: np.ndarray, examples: Examples) -> Measures:
@@ -137,19 +129,19 @@ def _filled(images: np.ndarray, examples: Examples) -> Measures:
         squares["ours"].append((image[hole] - truth[hole]) ** 2)
         squares["mean"].append((truth[~hole].mean(axis=0) - truth[hole]) ** 2)
         outside = max(outside, oracle.inside_outside(image, example["image"], hole)[1])
-    ours, mean = (
-        float(10 * np.log10(255**2 / np.concatenate(each).mean())) for each in squares.values()
-    )
+    ours, mean = (oracle.decibels(np.concatenate(each).mean()) for each in squares.values())
     return {"psnr": ours, "psnr_mean_fill": mean, "gain": ours - mean, "outside": outside}
 
 
-MEASURES: dict[str, Callable[[np.ndarray, Examples], Measures]] = {
+MEASURES: dict[str, Measure] = {
     "none": _scenes,
     "label": _classes,
     "text": _captions,
     "clip": _captions,
-    "layout": _boxes,
-    "segmentation": _maps,
+    "layout": _mean("box_iou", lambda i, e: oracle.box_iou(i, e["boxes"], e["box_labels"])),
+    "segmentation": _mean(
+        "segmentation_iou", lambda i, e: oracle.segmentation_iou(i, e["segmentation"])
+    ),
     "lowres": _upscaled,
     "inpainting": _filled,
 }
