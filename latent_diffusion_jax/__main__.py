@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,56 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = make_parser(VERBS).parse_args(rest)
         args.config, args.overrides = spec, overrides
         _set_up_jax()
+        args.channel = _join(args)
+        if args.channel is not None:
+            return _run_with_others(args)
         return args.run(args) or 0
     except (UserError, OSError) as error:  # OSErrors name the path: not there, full, read-only
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(_line(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _line(error: BaseException) -> str:
+    return f"error: {' '.join(str(error).split())}"
+
+
+def _join(args):
+    """The channel to the other processes of this run, if there are any."""
+    from latent_diffusion_jax.cluster import join
+
+    if "coordinator" not in args:  # a verb of one process
+        return None
+    return join(
+        coordinator=args.coordinator,
+        processes=args.processes,
+        process=args.process,
+        wait=args.wait,
+        stall=args.stall,
+        lost=args.lost,
+    )
+
+
+def _run_with_others(args) -> int:
+    """Runs a verb as one of several processes: one speaks, and none outlives another's failure."""
+    channel = args.channel
+    try:
+        with contextlib.ExitStack() as stack:
+            if channel.place.process:  # errors and warnings still have stderr
+                nowhere = stack.enter_context(Path(os.devnull).open("w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            code = args.run(args) or 0
+    except (UserError, OSError) as error:
+        channel.fail(_line(error), 2)
+    except KeyboardInterrupt:
+        channel.fail("error: interrupted", 130)
+    except Exception as error:
+        channel.blame()  # a collective that breaks since another process ended is no fault here
+        traceback.print_exc()
+        channel.fail(f"error: {type(error).__name__}: {_line(error)[:300]}", 1)
+    channel.close()
+    return code
 
 
 def _set_up_jax() -> None:
@@ -50,11 +95,13 @@ def _set_up_jax() -> None:
 
 def _config(args, required: bool = False):
     """The config that a command names, or else its workdir's."""
+    from etils import epath
+
     from latent_diffusion_jax.config import load_config, override, stored_config
 
     if args.config is not None:
         return load_config(args.config, args.overrides)
-    if required and not (Path(args.workdir or "") / "config.json").exists():
+    if required and not (epath.Path(args.workdir or "") / "config.json").exists():
         raise UserError("give --config=FILE, such as --config=configs/diffusion/shapes.py")
     return override(stored_config(args.workdir), args.overrides)
 
@@ -77,7 +124,8 @@ def _mesh(config):
 
 def train(args) -> int:
     """Trains or resumes; exit code 0, or 130 after Ctrl-C."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the loop: nothing to save yet
+    if args.channel is None:  # of several processes, JAX notes the signal for the loop
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # nothing to save yet
     import jax
 
     from latent_diffusion_jax.config import to_json
@@ -107,12 +155,14 @@ def train(args) -> int:
                 checkpoint_every=run.checkpoint_every,
                 accumulate=config.train.accumulate,
                 max_skipped=run.max_skipped,
+                **({} if args.channel is None else {"report": args.channel.at}),
             )
         except loop.Stopped as stopped:
             print(stopped, flush=True)
             return stopped.exit_code
-    curves = Path(args.workdir) / "curves.png"
-    plot_curves(f"{args.workdir}/metrics.jsonl", str(curves), CURVES[config.phase])
+    curves = f"{args.workdir}/curves.png"
+    if jax.process_index() == 0:
+        plot_curves(f"{args.workdir}/metrics.jsonl", curves, CURVES[config.phase])
     print(f"trained to step {state.step}: {args.workdir}, curves in {curves}")
     return 0
 
@@ -231,6 +281,8 @@ def sample(args) -> None:
 
 def evaluate(args) -> None:
     """Prints measures, and writes them with the protocol, beside a picture."""
+    import jax
+
     from latent_diffusion_jax.evaluate.tasks import evaluate, write_picture
 
     trained, mesh = _trained(args, "diffusion")
@@ -238,6 +290,8 @@ def evaluate(args) -> None:
     measures, images, examples = evaluate(
         trained, mesh, number=args.number, batch=args.batch, seed=args.seed, **options
     )
+    if jax.process_index():
+        return
     out = Path(args.out or Path(args.workdir or ".") / "evaluation.json")
     picture = out.with_suffix(".png")
     kind = trained.config.conditioning.kind

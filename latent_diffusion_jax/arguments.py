@@ -67,6 +67,8 @@ def checked(read: Callable[[str], Any], accepts: Callable[[Any], bool], what: st
 
 
 positive = checked(int, lambda n: n >= 1, "a whole number from 1 on")
+index = checked(int, lambda n: n >= 0, "a whole number from 0 on")
+seconds = checked(float, lambda s: 0 < s < math.inf, "a number of seconds")
 seed = checked(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
 finite = checked(float, math.isfinite, "a finite number")
 named = checked(str, bool, "a path")
@@ -128,7 +130,27 @@ def make_parser(run: Mapping[str, Callable[..., int | None]]) -> argparse.Argume
             )
             if loads:
                 add_from(p, "a checkpoint file or a diffusers folder, instead of a workdir")
+        if name not in ("describe", "convert"):
+            add_processes(p)
         return p
+
+    def add_processes(p):
+        about = p.add_argument_group("several processes (default: as the environment says)")
+        about.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+        about.add_argument("--processes", type=positive, metavar="N", help="how many")
+        about.add_argument("--process", type=index, metavar="I", help="which is this, from 0 on")
+        for name, default, what in (
+            ("wait", 300, "for all to come"),
+            ("stall", 60, "without a sign of life of one, then warn"),
+            ("lost", 180, "without one, then end the run"),
+        ):
+            about.add_argument(
+                f"--{name}",
+                type=seconds,
+                default=default,
+                metavar="S",
+                help=f"seconds {what} (%(default)s)",
+            )
 
     def add_from(p, about):
         p.add_argument("--from", dest="origin", type=named, metavar="PATH", help=about)

@@ -10,6 +10,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +21,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build, pipeline, sampling
+from latent_diffusion_jax.cluster import everywhere
 from latent_diffusion_jax.config import stored_config, to_json
 from latent_diffusion_jax.convert.lpips import HOW_TO_GET, load_lpips
-from latent_diffusion_jax.data.latents import Latents, write_latents
+from latent_diffusion_jax.data import latents
+from latent_diffusion_jax.data.latents import Latents
 from latent_diffusion_jax.data.loader import make_loader
 from latent_diffusion_jax.errors import UserError, choose, differences
 from latent_diffusion_jax.first_stage.losses import use_of_codes
@@ -31,10 +34,18 @@ from latent_diffusion_jax.train.checkpoint import write_config, write_weights
 from latent_diffusion_jax.train.checksum import checksums
 from latent_diffusion_jax.train.metrics import Progress, Values, average
 from latent_diffusion_jax.train.objective import Objective
-from latent_diffusion_jax.train.sharding import put_batch, put_tree
+from latent_diffusion_jax.train.sharding import (
+    batch_sharding,
+    gather,
+    own_rows,
+    put_batch,
+    put_tree,
+    replicated,
+)
 from latent_diffusion_jax.train.state import TrainState, sampling_params
 
 SCALE_BATCHES = 32
+SHARD = 8192  # cached latents in a file
 PREVIEWS = 16
 SPLITS = ("train", "validation")
 WANTED = {  # what to say where it was not given
@@ -69,7 +80,7 @@ def _first_stage(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
     train, validation = (build.source(config, split) for split in SPLITS)
     frozen = prepare_frozen(config, workdir, mesh)
     reconstruct = pipeline.make_reconstruct(config, mesh)
-    images = next(in_order(config, validation, min(PREVIEWS // 2, len(validation))))["image"]
+    images = first_examples(config, validation, PREVIEWS // 2)["image"]
 
     def visualise(state, step):
         del step
@@ -117,7 +128,7 @@ def preview_inputs(config: ConfigDict, source, indices: np.ndarray) -> dict[str,
     """Conditions for pictures during training: every class in turn, or the first examples'."""
     if set(build.conditioner(config).keys) <= {"label"}:
         return sampling.example_inputs(config, indices)
-    examples = next(in_order(config, source, min(len(indices), len(source))))
+    examples = first_examples(config, source, len(indices))
     rows = indices % len(next(iter(examples.values())))
     return {name: examples[name][rows] for name in build.conditioner(config).keys}
 
@@ -138,14 +149,15 @@ def check_classes(config: ConfigDict, num_classes: int | None) -> None:
         )
 
 
-def _loader(config: ConfigDict, source, batch_size: int, train: bool):
-    if batch_size % jax.process_count():
-        raise UserError(f"batch of {batch_size} does not divide by {jax.process_count()} processes")
+def _loader(config: ConfigDict, source, batch_size: int, train: bool, shard=None, part=None):
+    index, count = shard or (jax.process_index(), jax.process_count())
+    if batch_size % count:
+        raise UserError(f"batch of {batch_size} does not divide by {count} processes")
     cached = isinstance(source, Latents)
     conditional = config.phase == "diffusion" and not cached
     return make_loader(
         source,
-        batch_size=batch_size // jax.process_count(),
+        batch_size=batch_size // count,
         image_size=config.data.image_size,
         seed=config.seed,
         train=train,
@@ -153,7 +165,8 @@ def _loader(config: ConfigDict, source, batch_size: int, train: bool):
         flip=config.data.flip,
         prepare=build.prepare(config) if conditional else None,
         keys=build.batch_keys(config, cached=cached),
-        shard=(jax.process_index(), jax.process_count()),
+        shard=(index, count),
+        part=part,
     )
 
 
@@ -163,8 +176,13 @@ def shuffled(config: ConfigDict, source):
 
 
 def in_order(config: ConfigDict, source, batch_size: int):
-    """One pass without augmentation; the last batch may be short."""
+    """One pass without augmentation, this process's rows; alone, the last batch may be short."""
     return _loader(config, source, batch_size, train=False)
+
+
+def first_examples(config: ConfigDict, source, number: int) -> dict[str, np.ndarray]:
+    """The first of a source, all of them in every process."""
+    return next(_loader(config, source, min(number, len(source)), train=False, shard=(0, 1)))
 
 
 def _evaluator(config, objective, frozen, source, mesh):
@@ -173,14 +191,14 @@ def _evaluator(config, objective, frozen, source, mesh):
     if not rows:
         print(f"no validation: {len(source)} examples for {mesh.size} devices", flush=True)
         return None
-    step = jax.jit(objective.eval_step)
+    step = jax.jit(objective.eval_step, out_shardings=replicated(mesh))
 
     def evaluate(state):
         count = min(config.run.eval_batches, len(source) // rows)
         batches = itertools.islice(in_order(config, source, rows), count)
         key = jax.random.key(config.seed)  # the same noise each time, so that curves are smooth
         means = average(
-            step(state, frozen, put_batch(mesh, batch), jax.random.fold_in(key, i))
+            jax.device_get(step(state, frozen, put_batch(mesh, batch), jax.random.fold_in(key, i)))
             for i, batch in enumerate(batches)
         )
         if "codes" in means:  # over the whole split: batches use different ones
@@ -202,7 +220,8 @@ def prepare_frozen(config: ConfigDict, workdir: str, mesh: Mesh) -> dict[str, An
         copy = str(epath.Path(workdir) / name)
         if not tree:
             continue
-        if (epath.Path(copy) / "checkpoints").exists():
+        # Asked of all before one begins to write.
+        if everywhere((epath.Path(copy) / "checkpoints").exists()):
             print(f"{name}: {copy}, copied before", flush=True)
             if name == "first_stage" and (epath.Path(copy) / "config.json").exists():
                 _same_first_stage(config, copy)
@@ -268,7 +287,7 @@ def latent_scale(config: ConfigDict, workdir: str, params: Any, mesh: Mesh) -> f
             return stored["latent_scale"]
     stage = build.first_stage(config)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def sums(params, image, key):
         z = stage.sample(stage.encode(params, image), key)
         return jnp.mean(z), jnp.mean(z**2)
@@ -321,56 +340,88 @@ def cached(config: ConfigDict, workdir: str, split: str, params: Any) -> Latents
 
 def _is_encoded(config: ConfigDict, workdir: str, split: str, params: Any, count: int) -> bool:
     try:
-        latents = cached(config, workdir, split, params)
-        latents.verify()
+        there = cached(config, workdir, split, params)
+        there.verify()
     except UserError:
         return False
-    keys = build.batch_keys(config, cached=True)
-    return len(latents) == count and set(keys) <= latents.files.keys()
+    return len(there) == count and set(build.batch_keys(config, cached=True)) <= {*there.names}
 
 
 def encode(config: ConfigDict, workdir: str, mesh: Mesh) -> float:
     """Writes the posterior moments of both splits to `<workdir>/latents`; returns the scale.
 
-    What is there already, of the same data and first stage, is kept.
+    What is there already, of the same data and first stage, is kept, shard by shard. Each process
+    encodes shards of its own.
     """
-    if jax.process_count() > 1:
-        raise UserError(f"encode runs in one process, not in {jax.process_count()}")
     sources = {split: build.source(config, split) for split in SPLITS}
     check_classes(config, sources["train"].num_classes)
     params = prepare_frozen(config, workdir, mesh)["first_stage"]
     scale = latent_scale(config, workdir, params, mesh)
-    encoder = jax.jit(build.first_stage(config).encode)
-    rows = config.train.batch_size
     for split, source in sources.items():
         place = latents_path(workdir, split)
-        if _is_encoded(config, workdir, split, params, len(source)):
+        if everywhere(_is_encoded(config, workdir, split, params, len(source))):
             print(f"{split}: encoded before; to do it again, remove {place}", flush=True)
             continue
-        progress = Progress(len(source), unit=f"{split} image")
-
-        def batches(source=source, progress=progress):
-            done, tenths = 0, 0
-            for batch in in_order(config, source, rows):
-                image = batch.pop("image")
-                count = len(image)
-                padded = np.pad(image, ((0, rows - count), (0, 0), (0, 0), (0, 0)))
-                moments = encoder(params, put_batch(mesh, {"image": padded})["image"])
-                yield {"moments": np.asarray(moments)[:count], **batch}
-                done += count
-                progress.update(done)
-                if done * 10 // len(source) > tenths:
-                    tenths = done * 10 // len(source)
-                    progress.line(done, "encoded")
-
-        write_latents(
-            place,
-            batches(),
-            count=len(source),
-            fingerprint=fingerprint(config, split, params),
-            latent_scale=scale,
-            num_classes=source.num_classes,
-            class_names=source.class_names,
-        )
-        progress.close()
+        made_from = fingerprint(config, split, params)
+        plan = {"fingerprint": made_from, "keys": build.batch_keys(config)}
+        if jax.process_index() == 0:
+            latents.begin(place, plan, len(source), SHARD)
+        everywhere(True)
+        _encode_shards(config, source, latents.partial_of(Path(place)), params, mesh, split)
+        everywhere(True)
+        if jax.process_index() == 0:
+            latents.finish(
+                place,
+                fingerprint=made_from,
+                latent_scale=scale,
+                num_classes=source.num_classes,
+                class_names=source.class_names,
+            )
+        everywhere(True)
     return scale
+
+
+def _encode_shards(
+    config: ConfigDict, source: Any, partial: Any, params: Any, mesh: Mesh, split: str
+) -> None:
+    """Writes this process's share of the shards that are not there yet."""
+    index, processes = jax.process_index(), jax.process_count()
+    rows = config.train.batch_size // processes
+    stage = build.first_stage(config)
+    encoder = jax.jit(
+        lambda params, image: stage.encode(gather(mesh, params), image),
+        out_shardings=batch_sharding(mesh),
+    )
+    parts = {
+        number: latents.shard_rows(number, len(source), SHARD)
+        for number in latents.unfinished(partial, len(source), SHARD)
+    }
+    everywhere(True)  # all have looked, before one of them writes
+    shares = [list(parts)[i::processes] for i in range(processes)]
+    steps = [sum(-(-len(parts[number]) // rows) for number in share) for share in shares]
+    mine = sum(len(parts[number]) for number in shares[index])
+    progress = Progress(mine, unit=f"{split} image")
+    done, tenths = 0, 0
+
+    def run(image):
+        padded = np.pad(image, ((0, rows - len(image)), (0, 0), (0, 0), (0, 0)))
+        moments = encoder(params, put_batch(mesh, {"image": padded})["image"])
+        return own_rows(moments)[: len(image)]
+
+    def encoded(part):
+        nonlocal done, tenths
+        for batch in _loader(config, source, rows, train=False, shard=(0, 1), part=part):
+            image = batch.pop("image")
+            yield {"moments": run(image), **batch}
+            done += len(image)
+            progress.update(done)
+            if done * 10 // mine > tenths:
+                tenths = done * 10 // mine
+                progress.line(done, "encoded")
+
+    for number in shares[index]:
+        latents.write_shard(partial, number, encoded(parts[number]), len(parts[number]))
+    size = config.data.image_size
+    for _ in range(max(steps) - steps[index]):  # devices work together, or not at all
+        run(np.zeros((rows, size, size, 3), np.float32))
+    progress.close()

@@ -31,7 +31,7 @@ from latent_diffusion_jax.train.sharding import (
     abstract_state,
     gather,
     lay_out,
-    put_batch,
+    put_rows,
     replicated,
 )
 from latent_diffusion_jax.train.state import TrainState, sampling_params
@@ -109,7 +109,7 @@ def _restore(abstract: TrainState, workdir: str) -> tuple[int, TrainState, dict]
     return restored
 
 
-def make_reconstruct(config: ConfigDict, mesh: Mesh) -> Callable[[Any, jax.Array], jax.Array]:
+def make_reconstruct(config: ConfigDict, mesh: Mesh) -> Callable[[Any, Any], jax.Array]:
     """Builds reconstruct(autoencoder params, image [B, H, W, 3]) -> image, by the mode."""
     stage = build.first_stage(config)
 
@@ -132,8 +132,13 @@ def write_samples(
     """Writes `000000.png` ..., `samples.json` (what each is) and `grid.png`; returns its path.
 
     With `names`, one per image, files have those: `photo.png`, and the next of it `photo_1.png`.
-    The grid shows the first `GRID` of them, a column per class where there are few classes.
+    The grid shows the first `GRID` of them, a column per class where there are few classes. Of
+    several processes the first writes.
     """
+    if jax.process_index():  # takes part in sampling
+        for _ in batches:
+            pass
+        return out / "grid.png"
     out.mkdir(parents=True, exist_ok=True)
     progress = Progress(number, unit="image")
     shown: list[np.ndarray] = []
@@ -201,13 +206,14 @@ def write_reconstructions(
     for images in itertools.islice((b["image"] for b in loader), -(-number // rows)):
         count = len(images)
         padded = np.pad(images, ((0, rows - count), (0, 0), (0, 0), (0, 0)))
-        hat = np.asarray(run(params, put_batch(mesh, {"image": padded})["image"]))
+        hat = np.asarray(run(params, put_rows(mesh, {"image": padded})["image"]))
         pairs.append((images, hat[:count]))
     originals, hats = (np.concatenate(side)[:number] for side in zip(*pairs, strict=True))
     columns = min(8, number)
     rows_of = [x[i : i + columns] for i in range(0, number, columns) for x in (originals, hats)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid(_filled(rows_of, columns), columns)).save(out)
+    if jax.process_index() == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(grid(_filled(rows_of, columns), columns)).save(out)
     return {name: float(value) for name, value in quality(originals, hats).items()}
 
 

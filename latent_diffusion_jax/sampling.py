@@ -21,7 +21,7 @@ from latent_diffusion_jax.first_stage.stage import FirstStage
 from latent_diffusion_jax.first_stage.tiling import tiled_evenly
 from latent_diffusion_jax.nn.windows import windowed_network
 from latent_diffusion_jax.pipeline import Trained
-from latent_diffusion_jax.train.sharding import gather, put_batch, replicated
+from latent_diffusion_jax.train.sharding import gather, put_rows, replicated
 
 THRESHOLD_FLOOR = 3.0  # of scaled latents, whose deviation is 1: data is hardly ever beyond
 EDIT = 2**31  # apart from the numbers of steps
@@ -122,7 +122,7 @@ def make_generate(
     scales = jnp.float32(scale), jnp.float32(extras.guide_scale)
 
     def call(params, frozen, inputs, key, indices):
-        rows = put_batch(mesh, {**inputs, "indices": indices})
+        rows = put_rows(mesh, {**inputs, "indices": indices})
         indices = rows.pop("indices")
         out = compiled(params, frozen, rows, key, indices, scales)
         return by_tiles(frozen, out) if by_tiles else out

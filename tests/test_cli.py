@@ -368,6 +368,7 @@ def check_run(workdir, first, loss, validation, pictures):
     assert [line["step"] for line in lines] == [1, 2, 2, 3, 4, 4]
     training = {*loss, "loss", "lr", "skipped", "images_per_second", "flops_per_second"}
     networks = ("autoencoder",) if first else ("unet", "conditioning")
+    training |= {f"seconds_{kind}" for kind in ("data", "compute", "other")}
     training |= {f"grad_norm_{name}" for name in networks}
     for line in lines:
         kind = validation if any(key.startswith("validation") for key in line) else training

@@ -11,11 +11,12 @@ PACKAGE = Path(__file__).parent.parent / "latent_diffusion_jax"
 PARTS = {  # part -> what it may import beside itself and `errors`
     "errors": [],
     "config": [],
+    "cluster": [],
     "arguments": [],
     "conditioning": ["nn"],
     "data": [],
     "examples": ["conditioning", "data"],
-    "train": [],
+    "train": ["cluster"],
     "nn": ["conditioning.cond"],
     "diffusion": ["conditioning.cond"],
     "first_stage": ["nn", "train.objective"],

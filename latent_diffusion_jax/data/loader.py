@@ -1,8 +1,8 @@
 """Batches from a random-access source by grain: reshuffled per epoch, sharded, resumable.
 
 One global stream of examples (shuffled anew each epoch, repeated, transformed with a generator
-keyed by the place in the stream) is dealt to the hosts in turn. So the global batch n is the same
-set of examples with the same crops and flips whatever the number of hosts, and the state of the
+keyed by the place in the stream) is cut into batches, of which each host makes its own rows alone.
+So the global batch n is the same, row by row, whatever the number of hosts, and the state of the
 iterator is one number.
 """
 
@@ -33,6 +33,7 @@ def make_loader(
     flip: bool = False,
     prepare: Callable[[dict, np.random.Generator], dict] | None = None,
     keys: Sequence[str] = ("image", "label"),
+    part: range | None = None,
     shard: tuple[int, int] = (0, 1),
     threads: int = 2,
     buffer: int = 8,
@@ -40,8 +41,8 @@ def make_loader(
     """An iterator over dicts of stacked arrays, `image` float32 [B, H, W, 3] in [-1, 1].
 
     For training it is endless. Otherwise it is one pass in order, centre-cropped and never flipped,
-    whose last batch may be short; there, hosts get equally many examples, so that they can step
-    together (up to `count - 1` examples at the end are left out when `count` hosts share).
+    whose last batch may be short; there, several hosts get full batches only, so that they can step
+    together.
 
     `get_state()` is a small JSON-serialisable dict; `set_state` continues exactly, also on another
     number of hosts as long as the global batch is the same.
@@ -58,6 +59,7 @@ def make_loader(
       flip: mirror half of the images left to right, in training.
       prepare: (example, generator) -> entries to add, made after the image is cut.
       keys: the entries of an example to keep.
+      part: the examples of one pass, all by default; transforms are as in the whole.
       shard: (index, count) of this host.
       threads: that make batches.
       buffer: batches made ahead.
@@ -70,8 +72,10 @@ def make_loader(
         raise UserError(f"batch size {batch_size} per host must be at least 1")
     if not 0 <= seed < 2**32:
         raise UserError(f"data seed {seed} must be 0 to 2**32 - 1")
-    if len(source) < (1 if train else count):
-        raise UserError(f"{len(source)} examples are too few for {count} host(s)")
+    if len(source) < (1 if train or count == 1 else batch_size * count):
+        raise UserError(
+            f"{len(source)} examples are too few for {count} hosts of {batch_size} rows each"
+        )
     by_batch = hasattr(source, "fetch")
     dataset = grain.MapDataset.range(len(source)) if by_batch else grain.MapDataset.source(source)
     dataset = dataset.seed(seed)
@@ -89,8 +93,10 @@ def make_loader(
         dataset = dataset.random_map(make)
     else:
         check_keys(source[0], keys)
+    if part is not None:
+        dataset = dataset[part.start : part.stop]
+    dataset = dataset.batch(batch_size, drop_remainder=train or count > 1)
     dataset = dataset[index : len(dataset) // count * count : count]
-    dataset = dataset.batch(batch_size, drop_remainder=train)
     if by_batch:
 
         def gather(indices: np.ndarray) -> dict:

@@ -18,11 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
+from latent_diffusion_jax.cluster import everywhere
 from latent_diffusion_jax.errors import UserError, differences
 from latent_diffusion_jax.train.checksum import checksums
 from latent_diffusion_jax.train.state import TRAINING_ONLY, Params, TrainState
@@ -223,7 +222,7 @@ class Checkpointer:
             if failure:
                 gc.collect()  # coroutines that it left behind complain when they are collected
         # One process may meet a bad file that the others do not read: all go the same way.
-        if not _everywhere(failure is None):
+        if not everywhere(failure is None):
             raise _BrokenError(failure or "unreadable in another process")
         return restored
 
@@ -239,7 +238,7 @@ class Checkpointer:
             target = next(t for t in itertools.chain([target], copies) if not t.exists())
             source.rename(target)
             print(f"checkpoint step {step} is broken ({why}): moved to {target}", flush=True)
-        _everywhere(True)
+        everywhere(True)
         self._manager.reload()
 
     @contextlib.contextmanager
@@ -266,13 +265,6 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _everywhere(ok: bool) -> bool:
-    """Whether `ok` holds in every process; waits for all of them."""
-    if jax.process_count() == 1:
-        return ok
-    return bool(multihost_utils.process_allgather(np.array(ok)).all())
-
-
 def write_weights(workdir: str, params: Params, ema: Params, meta: Mapping[str, Any]) -> None:
     """Writes step 0 of a workdir, of weights alone: whole or absent, as every checkpoint."""
     with contextlib.closing(Checkpointer(workdir)) as checkpointer:
@@ -280,7 +272,7 @@ def write_weights(workdir: str, params: Params, ema: Params, meta: Mapping[str, 
 
 
 def check_config(workdir: str, config_json: str) -> None:
-    """Refuses a workdir of another config; sections `run` and `published` may change.
+    """Refuses a workdir of another config; sections `run`, `mesh` and `published` may change.
 
     Where a training starts from weights that `convert` brought, only the networks are given.
 
@@ -295,7 +287,7 @@ def check_config(workdir: str, config_json: str) -> None:
     except ValueError as error:
         raise UserError(f"{path} is not readable as JSON ({_one_line(error)})") from error
     here = json.loads(config_json)
-    free = ("run", "published")
+    free = ("run", "mesh", "published")
     if _is_converted(workdir):
         free = tuple({*here, *there} - {"phase", "first_stage", "conditioning", "unet"})
     here, there = ({k: v for k, v in config.items() if k not in free} for config in (here, there))

@@ -32,5 +32,9 @@ def _checksum(x: jax.Array) -> jax.Array:
 def checksums(tree: Any) -> dict[str, int]:
     """Path of each leaf -> its checksum."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = {jax.tree_util.keystr(path): _checksum(x) for path, x in leaves}
+    sums = {}
+    for path, x in leaves:
+        sums[jax.tree_util.keystr(path)] = value = _checksum(x)
+        if jax.process_count() > 1:  # several programs at once can wait for each other for ever
+            value.block_until_ready()
     return {path: int(value) for path, value in jax.device_get(sums).items()}

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from latent_diffusion_jax.cluster import everywhere
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.train.checkpoint import Checkpointer
 from latent_diffusion_jax.train.metrics import Progress, Values, Writer
@@ -44,6 +45,7 @@ class Batches(Protocol):
 
 
 Signs = Callable[[Values], Mapping[str, str]]
+Report = Callable[[int, str], None]  # the step, and what the host does for it
 
 
 class TrainingDiverged(UserError):  # noqa: N818
@@ -79,11 +81,34 @@ class _Window:
         return {**means, "skipped": self.skipped}
 
 
+class _Clock:
+    """Tells what the host does, and adds up how long it waits for data, and for the devices."""
+
+    def __init__(self, report: Report):
+        self._report = report
+        self._doing, self._since = "compile", time.perf_counter()
+        self._seconds = dict.fromkeys(("data", "compute", "other"), 0.0)
+
+    def at(self, step: int, doing: str) -> None:
+        """The host turns to `doing`, for `step`."""
+        now = time.perf_counter()
+        kind = self._doing if self._doing in self._seconds else "other"
+        self._seconds[kind] += now - self._since
+        self._doing, self._since = doing, now
+        self._report(step, doing)
+
+    def pop(self) -> Values:
+        """Seconds of each since the last call, up to the last turn."""
+        seconds, self._seconds = self._seconds, dict.fromkeys(self._seconds, 0.0)
+        return {f"seconds_{kind}": value for kind, value in seconds.items()}
+
+
 class _Log:
     """Reads metrics one step late, averages them, and knows how long steps take."""
 
     def __init__(
         self,
+        clock: _Clock,
         window: _Window,
         writer: Writer,
         progress: Progress,
@@ -94,7 +119,8 @@ class _Log:
         max_skipped: int,
         signs: Signs,
     ):
-        self._window, self._writer, self._progress = window, writer, progress
+        self._clock, self._window = clock, window
+        self._writer, self._progress = writer, progress
         self._checkpointer = checkpointer
         self._every, self._images, self._flops = every, images, flops
         self._max_skipped, self._signs, self._told = max_skipped, signs, set[str]()
@@ -140,7 +166,13 @@ class _Log:
         images, flops = (x * self._steps / self._seconds for x in (self._images, self._flops))
         self._steps, self._seconds = 0, 0.0
         self._writer.scalars(
-            step, {**values, "images_per_second": images, "flops_per_second": flops}
+            step,
+            {
+                **values,
+                "images_per_second": images,
+                "flops_per_second": flops,
+                **self._clock.pop(),
+            },
         )
         if "loss" not in values:  # every step was skipped, which was said
             return
@@ -212,6 +244,7 @@ def train(
     signs: Signs = lambda means: {},
     accumulate: int = 1,
     max_skipped: int = 10,
+    report: Report = lambda step, doing: None,
 ) -> TrainState:
     """Trains up to `steps`, from the newest good checkpoint where there is one, and saves.
 
@@ -236,6 +269,8 @@ def train(
       accumulate: that of the objective, to count FLOPs.
       max_skipped: a step whose loss or gradient is not finite is skipped and counted; so many in a
         row end the run.
+      report: called with the step and what the host does for it: "compile", "data" (waits for a
+        batch), "compute" (waits for the devices), "evaluate", "images" or "checkpoint".
 
     Raises:
       TrainingDiverged: `max_skipped` steps in a row were not finite.
@@ -260,20 +295,26 @@ def train(
         position = {"data": batches.get_state(), "window": dataclasses.asdict(window)}
         checkpointer.save(step, state, {**meta, **position})
 
-    pauses: list[tuple[int, Callable[[int, TrainState], None]]] = [(checkpoint_every, save)]
-    if visualise is not None:
-        pauses.insert(0, (image_every, lambda n, s: writer.images(n, visualise(s, n))))
+    pauses: dict[str, tuple[int, Callable[[int, TrainState], None]]] = {}
     if evaluate is not None:
-        pauses.insert(0, (eval_every, lambda n, s: writer.scalars(n, evaluate(s))))
+        pauses["evaluate"] = eval_every, lambda n, s: writer.scalars(n, evaluate(s))
+    if visualise is not None:
+        pauses["images"] = image_every, lambda n, s: writer.images(n, visualise(s, n))
+    pauses["checkpoint"] = checkpoint_every, save
 
     writer.start(start)
     frozen = put_tree(mesh, frozen)
     with StopSignals(checkpointer.reached_preemption) as stop, contextlib.closing(writer):
+        clock = _Clock(report)
+        clock.at(start, "data")
         batch = put_batch(mesh, next(batches))
+        clock.at(start, "compile")
         train_step, flops = _compile(objective, state, frozen, batch, key, mesh)
+        everywhere(True)  # who compiles longest must not make the others' collectives time out
         images = jax.tree.leaves(batch)[0].shape[0]
         progress = Progress(steps, start)
         log = _Log(
+            clock,
             window,
             writer,
             progress,
@@ -286,20 +327,25 @@ def train(
         )
         with contextlib.closing(progress):
             for step in range(start + 1, steps + 1):
+                clock.at(step, "compute")
                 state, metrics = train_step(state, frozen, batch, key)
                 log.push(step, metrics)
                 signal = stop.at(step) if step < steps else None
-                due = [act for every, act in pauses if step == steps or _is_due(step, every)]
-                due = [save] if signal else due
+                due = [
+                    n for n, (every, _) in pauses.items() if step == steps or _is_due(step, every)
+                ]
+                due = ["checkpoint"] if signal else due
                 if due:
                     log.flush()  # so that the window, and the log before a picture, are complete
-                    for act in due:
-                        act(step, state)
+                    for name in due:
+                        clock.at(step, name)
+                        pauses[name][1](step, state)
                     log.resume()
                 if signal:
                     checkpointer.wait()
                     raise Stopped(signal, step)
                 if step < steps:
+                    clock.at(step, "data")
                     batch = put_batch(mesh, next(batches))
         checkpointer.wait()
     return state

@@ -102,11 +102,34 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
     """
 
     def put(name: str, rows: np.ndarray) -> jax.Array:
-        total = rows.shape[0] * jax.process_count()
-        if total % mesh.size:
-            raise UserError(
-                f"batch of {total} ({name}) does not divide by the {mesh.size} devices of the mesh"
-            )
+        _check_rows(name, rows.shape[0] * jax.process_count(), mesh)
         return jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
 
     return {name: put(name, np.asarray(rows)) for name, rows in batch.items()}
+
+
+def put_rows(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Makes the same global arrays from all rows [B, ...], which every process holds.
+
+    Raises:
+      UserError: the batch does not divide by the devices of the mesh.
+    """
+
+    def put(name: str, rows: np.ndarray) -> jax.Array:
+        _check_rows(name, len(rows), mesh)
+        return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), lambda i: rows[i])
+
+    return {name: put(name, np.asarray(rows)) for name, rows in batch.items()}
+
+
+def _check_rows(name: str, total: int, mesh: Mesh) -> None:
+    if total % mesh.size:
+        raise UserError(
+            f"batch of {total} ({name}) does not divide by the {mesh.size} devices of the mesh"
+        )
+
+
+def own_rows(array: jax.Array) -> np.ndarray:
+    """The rows of a batch that lie on this process's devices: what `put_batch` was given."""
+    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])

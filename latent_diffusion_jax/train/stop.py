@@ -1,5 +1,6 @@
 """Stopping on request without losing anything: SIGTERM, Ctrl-C and preemption of a cluster."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -21,7 +22,8 @@ class StopSignals:
     """Notes SIGTERM and the first Ctrl-C for the loop to act on; a second Ctrl-C aborts at once.
 
     Of several processes only one may get the signal, or each at another step. Then JAX's
-    coordination service listens instead, and `reached_preemption(step)` is true in all at one step.
+    coordination service listens to SIGTERM, as which a Ctrl-C is passed on, and
+    `reached_preemption(step)` is true in all at one step.
     Only the main thread may handle signals: elsewhere nothing is noted.
     """
 
@@ -31,8 +33,9 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
+        if threading.current_thread() is threading.main_thread():
+            alone = jax.process_count() == 1
+            for number in (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,):
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -44,9 +47,11 @@ class StopSignals:
         if number == signal.SIGINT == self._received:
             raise KeyboardInterrupt
         self._received = number
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def at(self, step: int) -> int | None:
         """The signal to stop for after `step`, if any."""
-        if jax.process_count() > 1 and self._reached_preemption(step):
-            return signal.SIGTERM
-        return self._received
+        if jax.process_count() == 1:
+            return self._received
+        return (self._received or signal.SIGTERM) if self._reached_preemption(step) else None

@@ -3,7 +3,15 @@ import json
 import numpy as np
 import pytest
 
-from latent_diffusion_jax.data.latents import Latents, write_latents
+from latent_diffusion_jax.data.latents import (
+    Latents,
+    begin,
+    finish,
+    partial_of,
+    shard_rows,
+    unfinished,
+    write_shard,
+)
 from latent_diffusion_jax.data.loader import make_loader
 from latent_diffusion_jax.errors import UserError
 
@@ -12,22 +20,32 @@ LABELS = np.arange(10, dtype=np.int32)
 FINGERPRINT = {"data": {"name": "shapes", "shapes": (1, 1)}, "checkpoint": 7}
 
 
-def batches(*sizes: int):
-    start = 0
-    for size in sizes:
-        rows = slice(start, start + size)
+def batches(part, size=2):
+    for start in range(part.start, part.stop, size):
+        rows = slice(start, min(start + size, part.stop))
         yield {"moments": MOMENTS[rows], "label": LABELS[rows]}
-        start += size
 
 
-def write(directory, *sizes: int, **options):
-    defaults = {"count": 10, "fingerprint": FINGERPRINT, "latent_scale": 0.5, "num_classes": 10}
-    write_latents(directory, batches(*sizes), **defaults | options)
+def gather(directory, plan=FINGERPRINT, rows=4):
+    """Begins a cache and writes the shards that are not there; returns their numbers."""
+    partial = begin(directory, plan, 10, rows)
+    numbers = unfinished(partial, 10, rows)
+    for number in numbers:
+        part = shard_rows(number, 10, rows)
+        write_shard(partial, number, batches(part), len(part))
+    return numbers
+
+
+def write(directory, rows=4, **options):
+    gather(directory, rows=rows)
+    finish(
+        directory, **{"fingerprint": FINGERPRINT, "latent_scale": 0.5, "num_classes": 10} | options
+    )
 
 
 @pytest.fixture
 def cache(tmp_path):
-    write(tmp_path / "latents", 4, 4, 2)
+    write(tmp_path / "latents")
     return tmp_path / "latents"
 
 
@@ -37,7 +55,7 @@ def test_round_trip(cache):
     assert (len(latents), latents.latent_scale, latents.num_classes) == (10, 0.5, 10)
     assert latents.class_names is None
     np.testing.assert_array_equal(latents[9]["moments"], MOMENTS[9])
-    indices = np.array([7, 0, 7])
+    indices = np.array([7, 0, 9, 7, 4])
     fetched = latents.fetch(indices)
     np.testing.assert_array_equal(fetched["moments"], MOMENTS[indices])
     np.testing.assert_array_equal(fetched["label"], indices)
@@ -49,7 +67,7 @@ def test_round_trip(cache):
 
 
 def test_names_of_classes_are_carried(tmp_path):
-    write(tmp_path / "latents", 10, num_classes=2, class_names=("cat", "dog"))
+    write(tmp_path / "latents", num_classes=2, class_names=("cat", "dog"))
     assert Latents(directory=tmp_path / "latents").class_names == ("cat", "dog")
 
 
@@ -62,42 +80,60 @@ def test_loads_by_batch(cache):
     assert sorted([*first["label"], *second["label"]]) == list(range(10))
 
 
-@pytest.mark.parametrize("sizes, count", [((4, 4), 10), ((4, 4, 2), 9)])
-def test_a_wrong_number_of_rows_leaves_nothing_behind(tmp_path, sizes, count):
+@pytest.mark.parametrize("count", [3, 5])
+def test_a_wrong_number_of_rows_is_no_shard(tmp_path, count):
+    partial = begin(tmp_path / "latents", FINGERPRINT, 10, 4)
     with pytest.raises(ValueError, match=f"{count}$"):
-        write(tmp_path / "latents", *sizes, count=count)
-    assert list(tmp_path.iterdir()) == []
+        write_shard(partial, 0, batches(range(4), size=4), count)
+    assert unfinished(partial, 10, 4) == [0, 1, 2]
 
 
 def test_a_failure_on_the_way_keeps_the_older_cache(cache):
     def broken():
-        yield from batches(4)
+        yield from batches(range(2))
         raise RuntimeError("out of memory")
 
+    partial = begin(cache, {"other": 1}, 10, 4)
     with pytest.raises(RuntimeError, match="out of memory"):
-        write_latents(cache, broken(), count=10, fingerprint={}, latent_scale=1.0)
+        write_shard(partial, 0, broken(), 4)
     Latents(directory=cache, fingerprint=FINGERPRINT).verify()
-    assert [path.name for path in cache.parent.iterdir()] == ["latents"]
 
 
-def test_what_a_killed_run_left_is_swept_away(tmp_path):
-    partial = tmp_path / ".latents.partial"
-    partial.mkdir()
-    (partial / "moments.npy").write_bytes(b"half")
+def test_what_was_killed_goes_on_behind_the_last_whole_shard(tmp_path):
+    place = tmp_path / "latents"
+    partial = begin(place, FINGERPRINT, 10, 4)
+    write_shard(partial, 0, batches(range(4)), 4)
+    write_shard(partial, 2, batches(range(8, 10)), 2)  # another host's
+    (partial / ".00001").mkdir()
+    (partial / ".00001" / "moments.npy").write_bytes(b"half")
     with pytest.raises(UserError, match="no cached latents"):
-        Latents(directory=tmp_path / "latents")
-    write(tmp_path / "latents", 10)
+        Latents(directory=place)
+    assert gather(place) == [1]
+    damaged = partial / "00002" / "moments.npy"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    assert gather(place) == [2]
+    finish(place, fingerprint=FINGERPRINT, latent_scale=1.0)
+    latents = Latents(directory=place)
+    latents.verify()
+    np.testing.assert_array_equal(latents.fetch(np.arange(10))["moments"], MOMENTS)
     assert [path.name for path in tmp_path.iterdir()] == ["latents"]
 
 
+@pytest.mark.parametrize("change", [{"plan": {"checkpoint": 8}}, {"rows": 5}])
+def test_shards_of_another_plan_are_made_anew(tmp_path, change):
+    gather(tmp_path / "latents")
+    assert gather(tmp_path / "latents", **change) == list(range(2 + ("plan" in change)))
+    assert partial_of(tmp_path / "latents").is_dir()
+
+
 def test_a_new_cache_replaces_the_old_but_nothing_else(cache, tmp_path):
-    write(cache, 10, latent_scale=2.0)
+    write(cache, latent_scale=2.0)
     assert Latents(directory=cache).latent_scale == 2.0
     assert [path.name for path in tmp_path.iterdir()] == ["latents"]
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/me.png").write_bytes(b"dear")
     with pytest.raises(UserError, match="photos' is not a cache of latents"):
-        write(tmp_path / "photos", 10)
+        write(tmp_path / "photos")
     assert (tmp_path / "photos/me.png").read_bytes() == b"dear"
 
 
@@ -111,7 +147,7 @@ def test_another_fingerprint_is_refused_with_the_difference(cache):
 
 
 def test_damage_is_noticed(cache):
-    file = cache / "moments.npy"
+    file = cache / "00001" / "moments.npy"
     whole = file.read_bytes()
     flipped = bytearray(whole)
     flipped[-5] ^= 1
@@ -132,6 +168,24 @@ def test_damage_is_noticed(cache):
 
 def test_index_is_readable(cache):
     index = json.loads((cache / "index.json").read_text())
-    assert index["files"]["moments"]["shape"] == [10, 2, 2, 6]
-    assert index["files"]["label"]["dtype"] == "int32"
+    assert [shard["moments"]["shape"] for shard in index["shards"]] == [
+        [4, 2, 2, 6],
+        [4, 2, 2, 6],
+        [2, 2, 2, 6],
+    ]
+    assert index["shards"][2]["label"]["dtype"] == "int32"
     assert index["fingerprint"]["checkpoint"] == 7
+    assert sorted(path.name for path in cache.iterdir()) == [
+        "00000",
+        "00001",
+        "00002",
+        "index.json",
+    ]
+
+
+def test_a_cache_of_an_older_form_is_made_again(cache):
+    index = json.loads((cache / "index.json").read_text())
+    del index["shards"]
+    (cache / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="of an older form: run `encode`"):
+        Latents(directory=cache)

@@ -1,0 +1,202 @@
+"""Several processes of one run on this machine, as on several hosts: through the command line."""
+
+import contextlib
+import functools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from latent_diffusion_jax import phases, pipeline
+from latent_diffusion_jax.data.latents import Latents
+from latent_diffusion_jax.train.metrics import read_jsonl
+from latent_diffusion_jax.train.sharding import make_mesh
+from tests.cli import DIFFUSION, FIRST_STAGE, ROOT, SMALL, SMALL_UNET, do, mistake, without
+
+OPTIONS = [
+    *without(SMALL, "--config.train.batch_size"),
+    "--config.train.batch_size=16",
+    "--config.data.image_size=16",
+    # 88 x 88 channels: arrays large enough to be split
+    "--config.first_stage.channel_mult=(1,11)",
+    "--config.first_stage.num_groups=2",
+    "--config.run.image_every=4",
+]
+
+
+def free_port():
+    """One whose next is free too."""
+    for port in np.random.default_rng().permutation(np.arange(20000, 32000, 2)).tolist():
+        with contextlib.suppress(OSError):
+            for number in (port, port + 1):
+                socket.create_server(("", number)).close()
+            return port
+    raise AssertionError("no free ports")
+
+
+def start_all(processes, *arguments, devices=1, own=None):
+    """Starts the processes of one run; `own` has arguments of some of them."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "JAX_NUM_PROCESSES": str(processes),
+        "PYTHONUNBUFFERED": "1",
+    }
+    command = [sys.executable, "-m", "latent_diffusion_jax", *map(str, arguments)]
+    return [
+        subprocess.Popen(
+            [*command, *(own or {}).get(i, [])],
+            cwd=ROOT,
+            env={**environment, "JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+
+
+def said_by(processes, codes, seconds=300):
+    """What they said, once they all ended, with those exit codes."""
+    try:
+        said = [process.communicate(timeout=seconds)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == codes, said
+    return said
+
+
+def losses(workdir):
+    """Step -> the loss, or that of the validation."""
+    found = {}
+    for line in read_jsonl(str(workdir / "metrics.jsonl")):
+        for name in {"loss", "validation_loss"} & line.keys():
+            found[name, line["step"]] = line[name]
+    return found
+
+
+@pytest.fixture(scope="module")
+def first_stage(tmp_path_factory):
+    """Phase 1 by one process that has all eight devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "ae"
+    do("train", FIRST_STAGE, *OPTIONS, f"--workdir={workdir}")
+    return workdir
+
+
+@pytest.mark.parametrize("phase", ["phase_1", "phase_2"])
+def test_hosts_do_not_matter(phase, first_stage, tmp_path):
+    """1 x 8 devices, and 2 x 4 that become 4 x 2 on another mesh: the same curve, the same end."""
+    command, alone = ["train", FIRST_STAGE, *OPTIONS], first_stage
+    if phase == "phase_2":
+        options = [*OPTIONS, *SMALL_UNET, f"--config.run.first_stage={first_stage}"]
+        command = ["train", DIFFUSION, *options, "--config.latents.source=online"]
+        alone = tmp_path / "alone"
+        do(*command, f"--workdir={alone}")
+    together = tmp_path / "together"
+    command.append(f"--workdir={together}")
+    said = said_by(start_all(2, *command, "--config.run.steps=2", devices=4), [0, 0])
+    assert f"trained to step 2: {together}" in said[0]
+    assert "trained" not in said[1]
+    said_by(start_all(4, *command, "--config.mesh.fsdp=4", devices=2), [0] * 4)
+    ours, theirs = losses(together), losses(alone)
+    assert ours.keys() == theirs.keys()
+    assert {step for _, step in ours} == {1, 2, 3, 4}
+    np.testing.assert_allclose([ours[k] for k in theirs], [*theirs.values()], rtol=1e-5)
+    mesh = make_mesh()
+    ours, theirs = (pipeline.load(str(place), mesh).params for place in (together, alone))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-4), ours, theirs)
+    assert (together / "curves.png").exists()
+
+
+def test_encode_by_two_and_in_shards(first_stage, tmp_path, monkeypatch):
+    command = ["encode", DIFFUSION, *OPTIONS, *SMALL_UNET]
+    command += [f"--config.run.first_stage={first_stage}", "--config.latents.scale=0.5"]
+    two, shards = tmp_path / "two", tmp_path / "shards"
+    said_by(start_all(2, *command, f"--workdir={two}"), [0, 0])
+    monkeypatch.setattr(phases, "SHARD", 12)
+    do(*command, f"--workdir={shards}")
+    caches = [Latents(directory=place / "latents" / "train") for place in (two, shards)]
+    assert [len(cache.shards) for cache in caches] == [1, 3]
+    for cache in caches:
+        cache.verify()
+    ours, theirs = (cache.fetch(np.arange(32)) for cache in caches)
+    np.testing.assert_array_equal(ours["label"], theirs["label"])
+    np.testing.assert_allclose(ours["moments"], theirs["moments"], atol=1e-5)
+
+
+def read_until(process, pattern):
+    """Reads the lines of a process up to one that matches."""
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if match := re.search(pattern, line):
+            return match
+    raise AssertionError(f"ended without {pattern!r}: {''.join(seen)}")
+
+
+def test_stops_and_deaths_of_one(tmp_path):
+    workdir = tmp_path / "run"
+    command = [
+        "train",
+        FIRST_STAGE,
+        *SMALL,
+        f"--workdir={workdir}",
+        *("--config.run.steps=1000000", "--config.run.eval_every=0", "--config.run.image_every=0"),
+        *("--config.run.checkpoint_every=0", "--config.run.log_every=5"),
+        *("--stall=5", "--lost=300"),
+    ]
+    # one is stopped for a while, its machine say, and the other names it
+    zero, one = processes = start_all(2, *command)
+    read_until(zero, "step 10/")
+    one.send_signal(signal.SIGSTOP)
+    read_until(zero, r"warning: no sign of life from process 1 \(.*\) for \d+ s, last at step \d+")
+    one.send_signal(signal.SIGCONT)
+    read_until(zero, r"process 1 \(.*\) is back after \d+ s")
+    # preemption of one saves the work of both
+    one.send_signal(signal.SIGTERM)
+    saved = int(read_until(zero, r"SIGTERM: saved at step (\d+)")[1])
+    said_by(processes, [0, 0])
+    assert (workdir / "checkpoints" / str(saved)).is_dir()
+
+    # the death of one ends the other, and the work goes on from what was saved
+    zero, one = processes = start_all(2, *command)
+    assert int(read_until(zero, r"step (\d+)/")[1]) > saved
+    one.kill()
+    began = time.monotonic()
+    line = rf"error: process 1 \({socket.gethostname()}\) died at step \d+ .*: run the same command"
+    read_until(zero, line)
+    said_by(processes, [1, -signal.SIGKILL])
+    assert time.monotonic() - began < 30
+
+
+def test_an_error_of_one_is_shown_by_all(tmp_path):
+    command = ["train", DIFFUSION, *SMALL, *SMALL_UNET, f"--workdir={tmp_path}/run"]
+    command.append("--config.latents.source=online")
+    own = {i: [f"--config.run.first_stage={tmp_path}/of_{i}"] for i in range(2)}
+    do("train", FIRST_STAGE, *SMALL, f"--workdir={tmp_path}/of_0")
+    zero, one = said_by(start_all(2, *command, own=own), [2, 2])
+    assert f"process 1 ({socket.gethostname()}): error: config.run.first_stage" in zero
+    assert "error: config.run.first_stage" in one
+
+
+def test_who_does_not_come(tmp_path, capsys):
+    train = ["train", FIRST_STAGE, *SMALL, f"--workdir={tmp_path}", "--wait=1", "--processes=3"]
+    place = f"--coordinator=127.0.0.1:{free_port()}"
+    line = mistake(capsys, *train, place, "--process=0")
+    assert line.startswith("error: process 1, process 2 did not come within 1 s")
+    line = mistake(capsys, *train, place, "--process=2")
+    assert "could not join 127.0.0.1" in line
+    assert "Connection refused" in line
+    line = mistake(capsys, *train, "--process=2")
+    assert "give all of --coordinator=HOST:PORT, --processes=N and --process=I" in line
+    assert not list(tmp_path.iterdir())
