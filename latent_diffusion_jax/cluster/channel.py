@@ -381,7 +381,6 @@ class Channel:
     def _end_all(self, line: str, code: int) -> None:
         line = line if "error:" in line else f"error: {line}: run the same command again to resume"
         if self.place.process == 0:
-            for member in self._members.values():
-                member.lines.send({"end": line, "code": code})
+            self._leave({"end": line, "code": code})
         self._closing.set()
         self._end(line, code)
