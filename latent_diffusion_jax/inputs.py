@@ -132,7 +132,9 @@ def _layout(section, asked, config, class_names):
             ]
             for each in layouts
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:  # a UserError is one
+        raise UserError(f"{path!r} is not a layout: {error}") from error
+    except (KeyError, TypeError) as error:
         raise UserError(f"{path!r} is not a layout: {type(error).__name__}: {error}") from error
     options = {name: section[name] for name in ("vocab_size", "max_objects", "num_classes")}
     tokens = [

@@ -124,6 +124,8 @@ def test_help_shows_the_options_of_one_verb_with_examples(verb, capsys):
         "describe": {"--json", "--arrays"},
     }
     shared = {"--config"} if verb == "describe" else {"--config", "--workdir"}
+    if verb not in ("describe", "convert"):
+        shared |= {"--coordinator", "--processes", "--process", "--wait", "--stall", "--lost"}
     assert options == own[verb] | shared
     assert f"python -m latent_diffusion_jax {verb} --" in text.partition("example")[2]
     assert max(map(len, text.splitlines())) <= 100
