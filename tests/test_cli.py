@@ -404,15 +404,15 @@ def test_encoding_is_done_once_and_damage_is_repaired(ldm, diffusion, capsys):
     index = json.loads((latents / "train" / "index.json").read_text())
     scale = json.loads((ldm / "latent_scale.json").read_text())["latent_scale"]
     assert index["latent_scale"] == scale
-    assert index["files"]["moments"]["shape"] == [32, 16, 16, 8]
+    assert index["shards"][0]["moments"]["shape"] == [32, 16, 16, 8]
     assert (index["num_classes"], tuple(index["class_names"])) == (12, CLASS_NAMES)
-    moments = np.load(latents / "train" / "moments.npy")
+    moments = np.load(latents / "train" / "00000" / "moments.npy")
     z = moments[..., :4] + np.exp(moments[..., 4:] / 2) * np.random.default_rng(0).normal(
         size=moments[..., :4].shape
     )
     assert abs(z.std() * scale - 1) < 0.05
 
-    damaged = latents / "train" / "label.npy"
+    damaged = latents / "train" / "00000" / "label.npy"
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     do("encode", *diffusion, f"--workdir={ldm}")
