@@ -118,13 +118,14 @@ case "$verb" in
       if everywhere "($job) 2>&1 | tee -a run.log; exit \${PIPESTATUS[0]}"; then
         break
       fi
-      [[ -z "$dry" && "$(state)" != ACTIVE ]] || fail "the command failed on $name: see above"
+      sleep 60 # a preemption is not in the state at once
+      [[ "$(state)" != ACTIVE ]] || fail "the command failed on $name: see above"
       echo "$(date +%T) $name was preempted: asking for it again"
     done
     ;;
   status) tpu queued-resources describe "$name" ;;
   logs) everywhere "tail -n 20 run.log" ;;
-  stop) everywhere "pkill -TERM -f latent_diffusion_jax" ;;
+  stop) everywhere "pkill -TERM -f '[l]atent_diffusion_jax'" ;; # not this command itself
   delete) tpu queued-resources delete "$name" --force --quiet ;;
   *) usage ;;
 esac
