@@ -55,6 +55,12 @@ def adamw(lr, **changes):
     return {**section, "schedule": dict(name="constant"), **changes}
 
 
+def adafactor(lr, **changes):
+    """Far less memory than Adam's moments; `adamw(lr, mu_dtype="bfloat16")` is between the two."""
+    section = dict(name="adafactor", lr=lr, clip_norm=0.0)
+    return {**section, "schedule": dict(name="constant"), **changes}
+
+
 def cosine(steps, warm_up_steps):
     """From 0 to the base rate and back to 1 % of it."""
     return dict(
@@ -135,8 +141,9 @@ def sample(scale, **changes):
 
 
 def run(**changes):
-    """In steps. Where what is not trained comes from: phase 1 reads LPIPS from files (`lpips`),
-    phase 2 takes weights from workdirs (`first_stage`, `conditioning`).
+    """In steps; `profile` is the first and the last of a trace. Where what is not trained comes
+    from: phase 1 reads LPIPS from files (`lpips`), phase 2 takes weights from workdirs
+    (`first_stage`, `conditioning`).
     """
     section = dict(
         steps=100_000,
@@ -147,6 +154,7 @@ def run(**changes):
         eval_batches=16,
         keep=3,
         max_skipped=10,
+        profile=(0, 0),
         lpips="",
         first_stage="",
         conditioning="",

@@ -133,12 +133,14 @@ def train(args) -> int:
     from latent_diffusion_jax.train import loop
     from latent_diffusion_jax.train.checkpoint import Checkpointer, check_config, write_config
     from latent_diffusion_jax.train.metrics import Writer, plot_curves
+    from latent_diffusion_jax.train.trace import Trace
 
     config = _config(args, required=True)
     check_config(args.workdir, to_json(config))
     mesh = _mesh(config)
     phase = make_phase(config, args.workdir, mesh)
     run = config.run
+    trace = Trace(f"{args.workdir}/profile", run.get("profile", (0, 0)))
     with contextlib.closing(Checkpointer(args.workdir, keep=run.keep)) as checkpointer:
         write_config(args.workdir, to_json(config))
         try:
@@ -155,6 +157,7 @@ def train(args) -> int:
                 checkpoint_every=run.checkpoint_every,
                 accumulate=config.train.accumulate,
                 max_skipped=run.max_skipped,
+                trace=trace,
                 **({} if args.channel is None else {"report": args.channel.at}),
             )
         except loop.Stopped as stopped:

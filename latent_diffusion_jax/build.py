@@ -37,8 +37,8 @@ from latent_diffusion_jax.first_stage.stage import (
 )
 from latent_diffusion_jax.nn.unet import UNet
 from latent_diffusion_jax.train.objective import Criterion, Objective, from_loss, make_objective
+from latent_diffusion_jax.train.optim import OPTIMIZERS, make_lr_schedule, make_optimizer
 from latent_diffusion_jax.train.optim import SCHEDULES as LR_SCHEDULES
-from latent_diffusion_jax.train.optim import make_lr_schedule, make_optimizer
 from latent_diffusion_jax.train.sharding import gather, split
 
 CONDITIONERS: dict[str, Callable[..., Conditioner]] = {
@@ -404,7 +404,8 @@ def _optimizer(section: ConfigDict, name: str) -> tuple:
     takes = choose("learning-rate schedule", section.schedule.name, LR_SCHEDULES)
     # for its keys: make_optimizer builds it again
     unpack(f"{name}.schedule", make_lr_schedule, section.schedule, takes=[takes])
-    return unpack(name, make_optimizer, section)
+    optimizer = choose("optimizer", section.name, OPTIMIZERS)
+    return unpack(name, make_optimizer, section, takes=[optimizer])
 
 
 def _gathering(criterion: Criterion, mesh: Mesh) -> Criterion:

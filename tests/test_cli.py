@@ -177,7 +177,7 @@ TRAINING = [
     ("optm.lr=1", "section in config: 'optm'; did you mean 'optim'? one of data, discriminator"),
     ("optim.l=1", "key in config.optim: 'l'; did you mean 'lr'? one of b1, b2"),
     ("optim.lr=fast", "config.optim.lr=fast"),
-    ("optim.name=sgd", "unknown optimizer 'sgd'; one of adam, adamw"),
+    ("optim.name=sgd", "unknown optimizer 'sgd'; one of adafactor, adam, adamw"),
     ("optim.schedule.name=cosine", "unknown learning-rate schedule 'cosine'"),
     ("phase=third", "unknown phase 'third'; one of diffusion, first_stage"),
     ("dtype=float16", "unknown dtype 'float16'.* one of bfloat16, float32"),
@@ -391,6 +391,15 @@ def test_what_phase_1_leaves(ae):
     loss = {"l1", "rec", "nll", "kl", "z_mean", "z_std"}
     validation = {f"validation_{name}" for name in (*loss, "loss", "psnr", "ssim")}
     check_run(ae, True, loss, validation, "reconstructions")
+
+
+def test_a_trace_of_some_steps(tmp_path, capsys):
+    command = ["train", FIRST_STAGE, *SMALL, f"--workdir={tmp_path}/run"]
+    do(*command, "--config.run.profile=2,3")
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    for steps in ("3,2", "0,2", "1"):
+        line = mistake(capsys, *command, f"--config.run.profile={steps}")
+        assert "must be FIRST, LAST, from 1 on, or 0, 0" in line
 
 
 def test_what_phase_2_leaves(ldm):

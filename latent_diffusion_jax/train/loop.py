@@ -29,6 +29,7 @@ from latent_diffusion_jax.train.sharding import (
 )
 from latent_diffusion_jax.train.state import TrainState
 from latent_diffusion_jax.train.stop import Stopped, StopSignals
+from latent_diffusion_jax.train.trace import Trace
 
 
 class Batches(Protocol):
@@ -245,6 +246,7 @@ def train(
     accumulate: int = 1,
     max_skipped: int = 10,
     report: Report = lambda step, doing: None,
+    trace: Trace | None = None,
 ) -> TrainState:
     """Trains up to `steps`, from the newest good checkpoint where there is one, and saves.
 
@@ -271,6 +273,7 @@ def train(
         row end the run.
       report: called with the step and what the host does for it: "compile", "data" (waits for a
         batch), "compute" (waits for the devices), "evaluate", "images" or "checkpoint".
+      trace: of the profiler, for some steps.
 
     Raises:
       TrainingDiverged: `max_skipped` steps in a row were not finite.
@@ -328,8 +331,13 @@ def train(
         with contextlib.closing(progress):
             for step in range(start + 1, steps + 1):
                 clock.at(step, "compute")
+                if trace is not None:
+                    trace.before(step)
                 state, metrics = train_step(state, frozen, batch, key)
                 log.push(step, metrics)
+                if trace is not None and trace.ends(step):
+                    log.flush()  # so that the step's work is done
+                    trace.close()
                 signal = stop.at(step) if step < steps else None
                 due = [
                     n for n, (every, _) in pauses.items() if step == steps or _is_due(step, every)

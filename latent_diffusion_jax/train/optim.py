@@ -5,6 +5,7 @@ original's runs); the original's `LambdaLinearScheduler` and `LambdaWarmUpCosine
 values multiply the base rate. One departure: a single cycle, which is all that its configs use.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ import optax
 from latent_diffusion_jax.errors import UserError, choose
 
 Schedule = Callable[[jax.Array], jax.Array]  # step, int32 [] -> float32 []
+Optimizer = Callable[[Schedule], optax.GradientTransformation]  # of the learning rate
 
 
 def constant() -> Schedule:
@@ -61,7 +63,41 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "warmup_linear": warmup_linear,
     "warmup_cosine": warmup_cosine,
 }
-OPTIMIZERS = ("adam", "adamw")
+
+
+def adam(*, b1: float, b2: float, eps: float, mu_dtype: str | None = None) -> Optimizer:
+    """PyTorch's; `mu_dtype`, of the first moment: "bfloat16" halves its memory."""
+    return functools.partial(optax.adam, b1=b1, b2=b2, eps=eps, mu_dtype=_float(mu_dtype))
+
+
+def adamw(
+    *, b1: float, b2: float, eps: float, weight_decay: float, mu_dtype: str | None = None
+) -> Optimizer:
+    """The same with decoupled weight decay (PyTorch's default: 0.01)."""
+    options = dict(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=_float(mu_dtype))
+    return functools.partial(optax.adamw, **options)
+
+
+def adafactor(*, weight_decay: float | None = None) -> Optimizer:
+    """Shazeer and Stern 2018: sums over rows and columns in place of Adam's two moments.
+
+    Updates are clipped to a root mean square of 1 and not scaled by the parameters.
+    """
+    return functools.partial(
+        optax.adafactor, multiply_by_parameter_scale=False, weight_decay_rate=weight_decay
+    )
+
+
+def _float(name: str | None) -> Any:
+    names = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    return None if name is None else choose("mu_dtype", name, names)
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adam": adam,
+    "adamw": adamw,
+    "adafactor": adafactor,
+}
 
 
 def make_lr_schedule(*, name: str, **options: Any) -> Schedule:
@@ -77,36 +113,25 @@ def make_optimizer(
     *,
     name: str,
     lr: float,
-    b1: float,
-    b2: float,
-    eps: float,
     schedule: Mapping[str, Any],
     clip_norm: float,
-    weight_decay: float | None = None,
+    **options: Any,
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """Makes the optimiser and its learning rate as a function of the step.
 
-    `clip_norm` bounds the norm of all gradients together; 0 leaves them alone.
-    `weight_decay` belongs to adamw, which needs it (PyTorch's default: 0.01).
+    `options` are those of the named function. `clip_norm` bounds the norm of all gradients
+    together; 0 leaves them alone.
 
     Raises:
-      UserError: unknown names; a weight decay that is missing or that nothing would use.
+      UserError: unknown names; a negative `clip_norm`.
     """
-    choose("optimizer", name, dict.fromkeys(OPTIMIZERS))
+    optimizer = choose("optimizer", name, OPTIMIZERS)(**options)
     multiplier = make_lr_schedule(**schedule)
 
     def lr_at(step: jax.Array) -> jax.Array:
         return lr * multiplier(step)
 
-    if name == "adam" and weight_decay is not None:
-        raise UserError(f"optimizer 'adam' has no use for weight_decay={weight_decay}: remove it")
-    if name == "adamw" and weight_decay is None:
-        raise UserError("optimizer 'adamw' needs weight_decay (PyTorch's default: 0.01)")
     if clip_norm < 0:
         raise UserError(f"clip_norm={clip_norm} is negative; 0 turns clipping off")
-    if name == "adam":
-        update = optax.adam(lr_at, b1=b1, b2=b2, eps=eps)
-    else:
-        update = optax.adamw(lr_at, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    return optax.chain(*clip, update), lr_at
+    return optax.chain(*clip, optimizer(lr_at)), lr_at
