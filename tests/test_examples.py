@@ -1,6 +1,7 @@
 """Every kind of condition, made of the embedded data, and of a folder that has what it takes."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -56,6 +57,8 @@ def test_inputs_agree_with_the_image():
 
 def test_layout_tokens_are_the_boxes_in_any_order():
     config = load_config(f"{SHAPES}:layout")
+    size = config.conditioning.vocab_size
+    half_a_cell = 0.5 / (math.isqrt(size) - 1)
     source, prepare = build.source(config, "train"), build.prepare(config)
     example = next(e for e in map(source.__getitem__, range(20)) if e["box_labels"][1] >= 0)
     orders = set()
@@ -65,8 +68,9 @@ def test_layout_tokens_are_the_boxes_in_any_order():
         orders.add(tuple(things[:, 0]))
         for label, corner, _ in things:
             box = example["boxes"][list(example["box_labels"]).index(label)]
-            np.testing.assert_allclose(token_corner(corner, 1024), box[:2], atol=0.5 / 31 + 1e-6)
-        assert set(tokens[6:24]) == {1023}  # none
+            corner = token_corner(corner, size)
+            np.testing.assert_allclose(corner, box[:2], atol=half_a_cell + 1e-6)
+        assert set(tokens[6 : 3 * config.conditioning.max_objects]) == {size - 1}  # none
     assert len(orders) == 2
 
 
