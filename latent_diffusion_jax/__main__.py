@@ -86,8 +86,8 @@ def _set_up_jax() -> None:
     import absl.logging
     import jax
 
-    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of what was asked for
-
+    # Orbax warns of what was asked for, and shows pages of an error that we say in a line.
+    absl.logging.set_verbosity(absl.logging.FATAL)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(home / "latent_diffusion_jax"))
@@ -357,5 +357,14 @@ VERBS = {
 }
 
 
+def command() -> None:
+    """The process of a command line: it ends when `main` does."""
+    code = main()
+    if code:  # Orbax leaves threads that wait ten minutes for a save which failed
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -44,11 +45,13 @@ def without(options: list[str], prefix: str) -> list[str]:
     return [option for option in options if not option.startswith(prefix)]
 
 
-def start(*arguments: str, devices: int = 1, **popen) -> subprocess.Popen:
+def start(
+    *arguments: str, devices: int = 1, wrapper: Sequence[str] = (), **popen
+) -> subprocess.Popen:
     """Starts a command on fake devices, its two outputs readable as one text."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
-        [sys.executable, "-m", "latent_diffusion_jax", *map(str, arguments)],
+        [*wrapper, sys.executable, "-m", "latent_diffusion_jax", *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "XLA_FLAGS": flags},
         **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **popen},

@@ -5,8 +5,10 @@ left alone.
 """
 
 import json
+import os
 import random
 import re
+import resource
 import shutil
 import signal
 import time
@@ -192,3 +194,41 @@ def assert_set_aside(lines, workdir, step):
         rf"checkpoint step {step} is broken \(.*\): moved to .*corrupt/{step}", named[0]
     )
     assert (workdir / "corrupt" / str(step)).is_dir()
+
+
+def fill_the_disk(process, workdir):
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, 0))
+
+
+def make_read_only(process, workdir):
+    (workdir / "checkpoints").chmod(0o555)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (fill_the_disk, r"cannot write .*: .*File too large"),
+        (make_read_only, r"cannot write checkpoint step \d+ to .*checkpoints: .*Permission denied"),
+    ],
+)
+def test_what_cannot_be_written(harm, said, tmp_path):
+    """One line, and at once; what was saved stays, and the run goes on from there."""
+    command = ["train", FIRST_STAGE, *SMALL, *OFTEN, f"--workdir={tmp_path}"]
+    endless = [*command, "--config.run.steps=100000", "--config.run.eval_every=0"]
+    endless.append("--config.run.checkpoint_every=40")
+    wrapper = []
+    if harm is make_read_only and os.geteuid() == 0:  # who may write everywhere
+        wrapper = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"]
+        if shutil.which("setpriv") is None:
+            pytest.skip("root without setpriv")
+    process = start(*endless, wrapper=wrapper)
+    until(process, lambda step: steps_saved(tmp_path) and not unfinished(tmp_path))
+    harm(process, tmp_path)
+    line = process.communicate(timeout=60)[0].splitlines()[-1]
+    (tmp_path / "checkpoints").chmod(0o755)
+    assert process.returncode == 2
+    assert re.search(f"^error: {said}", line)
+    saved = steps_saved(tmp_path)[-1]
+    said = run(*command, f"--config.run.steps={saved + 1}")
+    assert f"trained to step {saved + 1}" in said
+    assert not (tmp_path / "corrupt").exists()

@@ -3,11 +3,12 @@
 No part needs TensorFlow: scalars go through tensorboardX, clu is used for its averages alone.
 """
 
+import contextlib
 import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import jax
@@ -17,6 +18,8 @@ from clu.metrics import Average
 from etils import epath
 from PIL import Image
 from tqdm import tqdm
+
+from latent_diffusion_jax.errors import UserError
 
 Values = dict[str, Any]  # float, or a list of them: one number per channel
 
@@ -89,10 +92,14 @@ class Writer:
         self._board = SummaryWriter(board, purge_step=step + 1, filename_suffix=f".from{step}")
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line to metrics.jsonl, and to TensorBoard: of a list, each as NAME/i."""
+        """Appends one line to metrics.jsonl, and to TensorBoard: of a list, each as NAME/i.
+
+        Raises:
+          UserError: it cannot be written.
+        """
         if self._board is None:
             return
-        with self._jsonl.open("a") as file:
+        with _writing(self._jsonl), self._jsonl.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             if not isinstance(value, list):
@@ -113,10 +120,24 @@ class Writer:
             self._board.add_image(name, picture, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flushes TensorBoard."""
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        """Flushes TensorBoard.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        board, self._board = self._board, None
+        if board is not None:
+            with _writing(self._workdir / "tensorboard"):
+                board.close()
+
+
+@contextlib.contextmanager
+def _writing(path: epath.Path) -> Iterator[None]:
+    """Names the file, which the error of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
 
 
 def _is_up_to(step: int, line: str) -> bool:
