@@ -39,6 +39,13 @@ def _end(line: str, code: int) -> None:
     os._exit(code)
 
 
+def _listen(port: int) -> socket.socket:
+    try:
+        return socket.create_server(("", port), backlog=1024)
+    except OSError as error:
+        raise UserError(f"cannot listen on port {port}: {error.strerror}") from None
+
+
 class _Lines:
     """A non-blocking socket that carries JSON, one object a line."""
 
@@ -134,10 +141,8 @@ class Channel:
 
     def _call_all(self, deadline: float, timeout: float) -> None:
         port = int(self.place.coordinator.rpartition(":")[2])
-        try:
-            self._listener = socket.create_server(("", port), backlog=1024)
-        except OSError as error:
-            raise UserError(f"cannot listen on port {port}: {error.strerror}") from None
+        _listen(port + 1).close()  # JAX's service crashes where its port is taken
+        self._listener = _listen(port)
         waiting: list[_Lines] = []
         while len(self._members) < self.place.processes - 1:
             if time.monotonic() > deadline:

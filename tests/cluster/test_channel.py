@@ -212,10 +212,12 @@ def test_nobody_answers():
         one.channel.roll_call(1)
 
 
-def test_the_port_is_taken():
+@pytest.mark.parametrize("beside", [0, 1])  # the channel's, and that of JAX's service
+def test_a_port_is_taken(beside):
     with socket.create_server(("", 0)) as other:
-        zero = Player(0, 2, other.getsockname()[1])
-        with pytest.raises(UserError, match="cannot listen on port"):
+        taken = other.getsockname()[1]
+        zero = Player(0, 2, taken - beside)
+        with pytest.raises(UserError, match=f"cannot listen on port {taken}: "):
             zero.channel.roll_call(1)
 
 
