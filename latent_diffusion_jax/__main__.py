@@ -276,9 +276,9 @@ def sample(args) -> None:
         "options": dict(options["options"]),
         **{name: value for name, value in extras.items() if value is not None},
     }
-    shown = {"label": inputs["label"]} if "label" in inputs else {}
-    names = [given.names[i % len(given.names)] for i in indices] if given.names else None
-    grid = pipeline.write_samples(out, batches, number, shown, trained.class_names, asked, names)
+    names = given.names and [given.names[i % len(given.names)] for i in indices]
+    about = given.about and [given.about[i % len(given.about)] for i in indices]
+    grid = pipeline.write_samples(out, batches, number, about, asked, names)
     print(f"{number} images in {out}, side by side in {grid}")
 
 

@@ -1,9 +1,9 @@
 """What a person gives (labels, prompts, images, maps, boxes) -> the inputs of a conditioner."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -30,11 +30,13 @@ class Given(NamedTuple):
       (images [N, h, w, 3] that samples are to look like).
     size: height and width of the images that it implies, None where it implies none.
     names: of the N rows' files, without suffix; None where they are not from image files.
+    about: what to say of each of the N rows, JSON, where files and options do not.
     """
 
     inputs: dict[str, np.ndarray]
     size: tuple[int, int] | None = None
     names: list[str] | None = None
+    about: list[dict[str, Any]] | None = None
 
 
 def read_inputs(
@@ -78,24 +80,27 @@ def read_inputs(
         raise UserError(f"what is given is of several sizes: {several}")
     count = max((len(rows) for rows in inputs.values()), default=0)
     names = [each.names for each in given if each.names]
+    about = [each.about for each in given if each.about]
+    turn = np.arange(count)
     return Given(
-        {name: _repeated(rows, count) for name, rows in inputs.items()},
+        {name: rows[turn % len(rows)] for name, rows in inputs.items()},
         next(iter(sizes), None),
-        [names[0][i % len(names[0])] for i in range(count)] if names else None,
+        [names[0][i % len(names[0])] for i in turn] if names else None,
+        [_merged(each[i % len(each)] for each in about) for i in turn] if about else None,
     )
 
 
-def _repeated(rows: np.ndarray, count: int) -> np.ndarray:
-    """As many rows as asked for, in turn."""
-    return rows[np.arange(count) % len(rows)]
+def _merged(dicts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """One of all entries."""
+    return {name: value for each in dicts for name, value in each.items()}
 
 
 def _label(section, asked, config, class_names):
-    count = section.num_classes
-    if asked.get("class") is None:
-        return Given({"label": np.arange(count, dtype=np.int32)})
-    labels = parse_labels(asked["class"], count, class_names)
-    return Given({"label": np.asarray(labels, np.int32)})
+    labels = list(range(section.num_classes))
+    if asked.get("class") is not None:
+        labels = parse_labels(asked["class"], section.num_classes, class_names)
+    about = [{"label": i, **({"class": class_names[i]} if class_names else {})} for i in labels]
+    return Given({"label": np.asarray(labels, np.int32)}, about=about)
 
 
 def _prompt(section, asked, config, class_names):
@@ -111,7 +116,7 @@ def _prompt(section, asked, config, class_names):
     if not tokenizer:
         raise UserError("this model needs a tokeniser: --config.data.tokenizer=DIR")
     tokenize = make_tokenize(section.kind, tokenizer, section.max_length, section.get("pad"))
-    return Given({"tokens": tokenize(prompts)})
+    return Given({"tokens": tokenize(prompts)}, about=[{"prompt": prompt} for prompt in prompts])
 
 
 def _layout(section, asked, config, class_names):

@@ -124,16 +124,16 @@ def write_samples(
     out: Path,
     batches: Iterator[np.ndarray],
     number: int,
-    inputs: Mapping[str, np.ndarray],
-    class_names: tuple[str, ...] | None,
+    about: Sequence[Mapping[str, Any]] | None,
     asked: Mapping[str, Any],
     names: Sequence[str] | None = None,
 ) -> Path:
     """Writes `000000.png` ..., `samples.json` (what each is) and `grid.png`; returns its path.
 
-    With `names`, one per image, files have those: `photo.png`, and the next of it `photo_1.png`.
-    The grid shows the first `GRID` of them, a column per class where there are few classes. Of
-    several processes the first writes.
+    `about` says what each image is, `asked` all of them; both are JSON. With `names`, one per
+    image, files have those: `photo.png`, and the next of it `photo_1.png`. The grid shows the first
+    `GRID` of them, a column per class where there are few classes. Of several processes the first
+    writes.
     """
     if jax.process_index():  # takes part in sampling
         for _ in batches:
@@ -152,18 +152,9 @@ def write_samples(
         done += len(images)
         progress.line(done, "sampled")
     progress.close()
-    records = [
-        {
-            "file_name": files[i],
-            **{name: values[i].tolist() for name, values in inputs.items()},
-        }
-        for i in range(number)
-    ]
-    if class_names and "label" in inputs:
-        for record in records:
-            record["class"] = class_names[record["label"]]
+    records = [{"file_name": files[i], **(about[i] if about else {})} for i in range(number)]
     (out / "samples.json").write_text(json.dumps({**asked, "images": records}, indent=1))
-    classes = len(np.unique(inputs.get("label", ())))
+    classes = len({record["label"] for record in records if "label" in record})
     columns = classes if 4 <= classes <= 16 else math.ceil(math.sqrt(len(shown)))
     Image.fromarray(grid(np.stack(shown), columns)).save(out / "grid.png")
     return out / "grid.png"

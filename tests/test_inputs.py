@@ -47,10 +47,21 @@ def files(tmp_path):
 
 
 def test_labels_and_none():
-    inputs, size, _ = read_inputs(LABEL, {"class": "2,cat"}, ("dog", "cat", "cow"))
+    inputs, size, _, about = read_inputs(LABEL, {"class": "2,cat"}, ("dog", "cat", "cow"))
+    assert about == [{"label": 2, "class": "cow"}, {"label": 1, "class": "cat"}]
     assert (inputs["label"].tolist(), size) == ([2, 1], None)
     assert read_inputs(LABEL, {"class": None}, None)[0]["label"].tolist() == [0, 1, 2]
-    assert read_inputs(NONE, {"class": None}, None) == ({}, None, None)
+    assert read_inputs(NONE, {"class": None}, None) == ({}, None, None, None)
+
+
+def test_prompts(tmp_path):
+    section = dict(kind="text", max_length=9)
+    config = ConfigDict(dict(conditioning=section, data=dict(image_size=8, tokenizer="basic")))
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na cat\n")
+    given = read_inputs(config, {"prompt": f"@{tmp_path}/prompts.txt"}, None)
+    assert given.about == [{"prompt": "a red circle"}, {"prompt": "a cat"}]
+    one = read_inputs(config, {"prompt": "a cat"}, None)
+    np.testing.assert_array_equal(given.inputs["tokens"][1:], one.inputs["tokens"])
 
 
 def test_layouts(files):
@@ -64,18 +75,18 @@ def test_layouts(files):
 
 def test_images(files):
     place, image = files
-    inputs, size, names = read_inputs(LOWRES, {"image": str(place / "folder")}, None)
+    inputs, size, names, _ = read_inputs(LOWRES, {"image": str(place / "folder")}, None)
     assert inputs["lowres"].shape == (2, 8, 12, 3)
     assert (size, names) == ((32, 48), ["a", "b"])
     np.testing.assert_allclose((inputs["lowres"][0] + 1) * 127.5, image, atol=1e-4)
 
     asked = {"image": str(place / "folder"), "mask": str(place / "mask.png")}
-    inputs, size, names = read_inputs(FILL, asked, None)
+    inputs, size, names, _ = read_inputs(FILL, asked, None)
     assert size == (8, 12)
     assert inputs["mask"].shape == (2, 8, 12, 1)  # one mask for both images
     assert inputs["mask"][1, 0, :, 0].tolist() == [0] * 6 + [1] * 6
 
-    inputs, size, names = read_inputs(MAPS, {"segmentation": str(place / "map.png")}, None)
+    inputs, size, names, _ = read_inputs(MAPS, {"segmentation": str(place / "map.png")}, None)
     assert (inputs["segmentation"].dtype, size) == (np.int32, (8, 2))
 
 
@@ -91,7 +102,7 @@ def test_two_conditions_at_once(files):
         what=dict(kind="label", num_classes=5, dim=8),
     )
     place, _ = files
-    inputs, size, names = read_inputs(
+    inputs, size, names, _ = read_inputs(
         both, {"image": str(place / "photo.png"), "class": "1,2"}, None
     )
     assert {name: len(rows) for name, rows in inputs.items()} == {"lowres": 2, "label": 2}

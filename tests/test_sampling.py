@@ -167,7 +167,7 @@ def test_dynamic_thresholding_acts_on_what_is_beyond_the_range_of_data(monkeypat
 def test_names_of_files_are_those_of_the_inputs(tmp_path):
     images = np.zeros((4, 8, 8, 3), np.float32)
     names = ["a", "b", "a", "a_1"]
-    pipeline.write_samples(tmp_path, iter([images]), 4, {}, None, {}, names)
+    pipeline.write_samples(tmp_path, iter([images]), 4, None, {}, names)
     written = {path.name for path in tmp_path.glob("*.png")}
     assert written == {"a.png", "b.png", "a_1.png", "a_1_1.png", "grid.png"}
     assert np.asarray(Image.open(tmp_path / "a.png")).shape == (8, 8, 3)
