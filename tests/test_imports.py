@@ -11,18 +11,19 @@ PACKAGE = Path(__file__).parent.parent / "latent_diffusion_jax"
 PARTS = {  # part -> what it may import beside itself and `errors`
     "errors": [],
     "config": [],
+    "chips": [],
     "cluster": [],
     "arguments": [],
     "conditioning": ["nn"],
     "data": [],
     "examples": ["conditioning", "data"],
-    "train": ["cluster"],
+    "train": ["chips", "cluster"],
     "nn": ["conditioning.cond"],
     "diffusion": ["conditioning.cond"],
     "first_stage": ["nn", "train.objective"],
 }
 for top in (
-    *("build", "describe", "pipeline", "sampling", "inputs", "evaluate", "convert"),
+    *("build", "plan", "describe", "pipeline", "sampling", "inputs", "evaluate", "convert"),
     *("phases", "__main__"),
 ):
     PARTS[top] = list(PARTS)  # all before them

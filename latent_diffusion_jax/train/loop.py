@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from latent_diffusion_jax.chips import chip_of
 from latent_diffusion_jax.cluster import everywhere
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.train.checkpoint import Checkpointer
@@ -23,9 +24,9 @@ from latent_diffusion_jax.train.objective import Metrics, Objective
 from latent_diffusion_jax.train.sharding import (
     abstract_state,
     init_sharded,
+    lower_step,
     put_batch,
     put_tree,
-    replicated,
 )
 from latent_diffusion_jax.train.state import TrainState
 from latent_diffusion_jax.train.stop import Stopped, StopSignals
@@ -117,13 +118,14 @@ class _Log:
         every: int,
         images: int,
         flops: float,
+        peak: float | None,
         max_skipped: int,
         signs: Signs,
     ):
         self._clock, self._window = clock, window
         self._writer, self._progress = writer, progress
         self._checkpointer = checkpointer
-        self._every, self._images, self._flops = every, images, flops
+        self._every, self._images, self._flops, self._peak = every, images, flops, peak
         self._max_skipped, self._signs, self._told = max_skipped, signs, set[str]()
         self._pending: tuple[int, Metrics] | None = None
         self._steps, self._seconds, self._mark = 0, 0.0, time.perf_counter()
@@ -172,6 +174,7 @@ class _Log:
                 **values,
                 "images_per_second": images,
                 "flops_per_second": flops,
+                **({"mfu": flops / self._peak} if self._peak else {}),
                 **self._clock.pop(),
             },
         )
@@ -211,18 +214,6 @@ def _fine_tune(
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     start = jax.jit(objective.start, donate_argnums=(0, 1), out_shardings=shardings)
     return start(weights.params, weights.ema, key)
-
-
-def _compile(
-    objective: Objective, state: TrainState, frozen: Any, batch: Any, key: jax.Array, mesh: Mesh
-) -> tuple[Callable[..., tuple[TrainState, Metrics]], float]:
-    """The compiled step, which takes over the buffers of the state it is given, and its FLOPs."""
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    lowered = jax.jit(
-        objective.train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh))
-    ).lower(state, frozen, batch, key)
-    cost = lowered.cost_analysis() or {}  # not every platform tells
-    return lowered.compile(), cost.get("flops", 0.0)
 
 
 def train(
@@ -312,9 +303,11 @@ def train(
         clock.at(start, "data")
         batch = put_batch(mesh, next(batches))
         clock.at(start, "compile")
-        train_step, flops = _compile(objective, state, frozen, batch, key, mesh)
+        lowered = lower_step(objective.train_step, state, frozen, batch, key, mesh)
+        flops = (lowered.cost_analysis() or {}).get("flops", 0.0)  # not every platform tells
+        train_step = lowered.compile()
         everywhere(True)  # who compiles longest must not make the others' collectives time out
-        images = jax.tree.leaves(batch)[0].shape[0]
+        images, chip = jax.tree.leaves(batch)[0].shape[0], chip_of(mesh.devices.flat[0])
         progress = Progress(steps, start)
         log = _Log(
             clock,
@@ -325,6 +318,7 @@ def train(
             every=log_every,
             images=images,
             flops=flops * accumulate,
+            peak=None if chip is None else chip.bf16 * mesh.size,
             max_skipped=max_skipped,
             signs=signs,
         )

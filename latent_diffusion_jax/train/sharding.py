@@ -5,16 +5,20 @@ their largest dimension that divides (ZeRO-3: Rajbhandari et al. 2020) and copie
 Models know nothing of it.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from latent_diffusion_jax.errors import UserError
 
 MIN_SIZE = 2**16  # elements: below, gathering costs more than the copy
+AnyMesh = Mesh | AbstractMesh
+AXES = ("data", "fsdp")
+AXIS_TYPES = (AxisType.Auto,) * 2  # Linen's convolutions fail on the Explicit ones of the default
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
@@ -23,25 +27,36 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
     Raises:
       UserError: the devices do not divide into these axes.
     """
-    count = jax.device_count()
+    sizes = _axes(jax.device_count(), data, fsdp)
+    return jax.make_mesh(sizes, AXES, axis_types=AXIS_TYPES)
+
+
+def plan_mesh(devices: int, *, data: int = -1, fsdp: int = 1) -> AbstractMesh:
+    """The same of devices that need not be there, to lay shapes out on.
+
+    Raises:
+      UserError: the devices do not divide into these axes.
+    """
+    return AbstractMesh(_axes(devices, data, fsdp), AXES, axis_types=AXIS_TYPES)
+
+
+def _axes(count: int, data: int, fsdp: int) -> tuple[int, int]:
     if fsdp < 1 or count % fsdp or (data != -1 and (data < 1 or count % (data * fsdp))):
         raise UserError(f"{count} devices do not divide into a mesh of data={data} x fsdp={fsdp}")
-    data = count // fsdp if data == -1 else data
-    # Linen's convolutions fail on the Explicit axes that are the default.
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    return count // fsdp if data == -1 else data, fsdp
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """A copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Rows over all devices."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def state_shardings(tree: Any, mesh: Mesh, min_size: int = MIN_SIZE) -> Any:
+def state_shardings(tree: Any, mesh: AnyMesh, min_size: int = MIN_SIZE) -> Any:
     """Shardings for a tree of arrays or shapes: over `fsdp` from `min_size` elements on."""
     ways = mesh.shape["fsdp"]
 
@@ -55,12 +70,19 @@ def state_shardings(tree: Any, mesh: Mesh, min_size: int = MIN_SIZE) -> Any:
     return jax.tree.map(sharding, tree)
 
 
+def bytes_per_device(tree: Any, mesh: AnyMesh) -> int:
+    """Bytes that one device holds of a tree of arrays or shapes that is laid out so."""
+    parts = jax.tree.map(lambda x, s: s.shard_shape(x.shape), tree, state_shardings(tree, mesh))
+    sizes = jax.tree.map(lambda x, part: math.prod(part) * x.dtype.itemsize, tree, parts)
+    return sum(jax.tree.leaves(sizes))
+
+
 def abstract_state(init: Callable[[jax.Array], Any], key: jax.Array, mesh: Mesh) -> Any:
     """Shapes, types and shardings of `init(key)`, with nothing allocated."""
     return lay_out(jax.eval_shape(init, key), mesh)
 
 
-def lay_out(shapes: Any, mesh: Mesh) -> Any:
+def lay_out(shapes: Any, mesh: AnyMesh) -> Any:
     """The same shapes and types, with shardings."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -73,6 +95,19 @@ def init_sharded(init: Callable[[jax.Array], Any], key: jax.Array, mesh: Mesh) -
     """Runs `init(key)` so that every array is born where it belongs, never whole on one device."""
     shardings = state_shardings(jax.eval_shape(init, key), mesh)
     return jax.jit(init, out_shardings=shardings)(key)
+
+
+def lower_step(
+    step: Callable, state: Any, frozen: Any, batch: Any, key: Any, mesh: Mesh
+) -> jax.stages.Lowered:
+    """The step (state, frozen, batch, key) -> (state, metrics), ready to be compiled.
+
+    State, whose buffers it takes over, comes back as it lies. Arguments are arrays, or shapes with
+    shardings.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    return jitted.lower(state, frozen, batch, key)
 
 
 def gather(mesh: Mesh, tree: Any) -> Any:

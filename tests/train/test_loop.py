@@ -12,7 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+from latent_diffusion_jax.chips import CHIPS
 from latent_diffusion_jax.errors import UserError
+from latent_diffusion_jax.train import loop
 from latent_diffusion_jax.train.checkpoint import Checkpointer
 from latent_diffusion_jax.train.loop import Stopped, TrainingDiverged
 from latent_diffusion_jax.train.metrics import read_jsonl
@@ -179,7 +181,9 @@ def test_batch_that_does_not_divide_by_the_devices(tmp_path):
         toy.train(tmp_path, steps=2, mesh=mesh(), batches=Narrow())
 
 
-def test_evaluation_and_pictures_at_intervals_and_at_the_end(tmp_path, capsys):
+def test_evaluation_and_pictures_at_intervals_and_at_the_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "chip_of", lambda device: CHIPS["v5e"])
+
     def visualise(state, step):
         return {"norm": np.full((2, 4, 4, 3), float(state.params["head"]["c"].sum() * 0))}
 
@@ -200,6 +204,7 @@ def test_evaluation_and_pictures_at_intervals_and_at_the_end(tmp_path, capsys):
     assert pictures == ["norm_00000003.png", "norm_00000005.png"]
     speeds = [x for x in read_jsonl(str(tmp_path / "metrics.jsonl")) if "loss" in x]
     assert all(x["images_per_second"] > 0 and x["flops_per_second"] > 0 for x in speeds)
+    assert all(x["mfu"] == x["flops_per_second"] / 197e12 for x in speeds)  # of one v5e
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["step", "2/5"], ["step", "4/5"]]
     meta = json.loads((tmp_path / "checkpoints/5/meta/metadata").read_text())["payload"]
