@@ -108,17 +108,13 @@ def _config(args, required: bool = False):
 
 def _mesh(config):
     from latent_diffusion_jax import build
+    from latent_diffusion_jax.plan import check_batch
     from latent_diffusion_jax.train.sharding import make_mesh
 
     mesh = build.unpack("mesh", make_mesh, config.mesh)
-    for section, key in (("train", "batch_size"), ("train", "accumulate"), ("run", "steps")):
-        if config[section][key] < 1:
-            raise UserError(f"{section}.{key} {config[section][key]} must be at least 1")
-    if config.train.batch_size % (mesh.size * config.train.accumulate):
-        raise UserError(
-            f"train.batch_size {config.train.batch_size} does not divide by {mesh.size} devices"
-            f" x train.accumulate {config.train.accumulate}"
-        )
+    check_batch(config, mesh.size)
+    if config.run.steps < 1:
+        raise UserError(f"run.steps {config.run.steps} must be at least 1")
     return mesh
 
 
@@ -347,8 +343,23 @@ def describe(args) -> None:
     if args.arrays:
         print(arrays(config))
         return
-    facts = describe(config)
+    if args.compile:
+        _fake_devices(args.devices)
+    facts = describe(config, args.devices, args.kind)
+    if args.compile:
+        from latent_diffusion_jax.compiled import measure
+
+        facts["compiled"] = measure(config, _mesh(config))
     print(json.dumps(facts, indent=2) if args.json else table(facts))
+
+
+def _fake_devices(number: int | None) -> None:
+    import jax
+
+    if number is None:
+        raise UserError("--compile needs --devices=N: for how many to compile")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", number)
 
 
 VERBS = {

@@ -50,7 +50,9 @@ A checkpoint's config is recognised from its keys. Its workdir samples and train
     "describe": """\
 examples:
   python -m latent_diffusion_jax describe --config=configs/diffusion/shapes.py
-  python -m latent_diffusion_jax describe --config=configs/diffusion/shapes.py:tiny --json""",
+  python -m latent_diffusion_jax describe --config=configs/diffusion/shapes.py:tiny --json
+  python -m latent_diffusion_jax describe --config=configs/diffusion/imagenet256.py \\
+      --config.mesh.fsdp=64 --config.train.batch_size=1280 --devices=256 --kind=v5e""",
 }
 
 
@@ -220,6 +222,10 @@ def make_parser(run: Mapping[str, Callable[..., int | None]]) -> argparse.Argume
     p = verb("describe", "Say what would be built, without building it.")
     p.add_argument("--json", action="store_true", help="for programs")
     p.add_argument("--arrays", action="store_true", help="list every trained array instead")
+    about = p.add_argument_group("will it fit").add_argument
+    about("--devices", type=positive, metavar="N", help="plan a training step for so many")
+    about("--kind", metavar="NAME", help="and say how fast: v4, v5e, v5p, v6e, a100, h100, h200")
+    about("--compile", action="store_true", help="and compile it for as many CPUs (minutes)")
     return top
 
 

@@ -9,23 +9,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build
-from latent_diffusion_jax.train.sharding import make_mesh, state_shardings
+from latent_diffusion_jax.chips import CHIPS
+from latent_diffusion_jax.errors import choose
+from latent_diffusion_jax.plan import check_batch, plan, roofline, state_bytes, step_shapes
+from latent_diffusion_jax.train.sharding import plan_mesh
 
 
-def describe(config: ConfigDict) -> dict[str, Any]:
-    """The facts as JSON-serialisable values."""
-    key = jax.random.key(0)
+def describe(
+    config: ConfigDict, devices: int | None = None, kind: str | None = None
+) -> dict[str, Any]:
+    """The facts as JSON-serialisable values.
+
+    With `plan` of a training step, if `devices` (those at hand) or `kind`, one of CHIPS, is given.
+
+    Raises:
+      UserError: an unknown kind; the devices or the batch do not divide.
+    """
+    chip = None if kind is None else choose("kind of chip", kind, CHIPS)
+    mesh = build.unpack("mesh", plan_mesh, config.mesh, devices=devices or jax.device_count())
+    planning = devices or kind
+    if planning:
+        check_batch(config, mesh.size)
     stage, shape = build.first_stage(config), build.latent_shape(config)
     side = config.data.image_size
-    objective = build.objective(config)
-    state = jax.eval_shape(objective.init, key)
-    trained = dict(state.params)
-    frozen = build.frozen_shapes(config, training=True)
+    step = step_shapes(config)
+    trained, frozen = dict(step.state.params), dict(step.frozen)
+    frozen.pop("latent_scale", None)  # a number, not a network
     first_stage = trained.get("autoencoder") or frozen["first_stage"]
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     z = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
@@ -36,10 +49,11 @@ def describe(config: ConfigDict) -> dict[str, Any]:
     }
     if config.phase == "diffusion":
         network, t = build.denoise_network(config), jax.ShapeDtypeStruct((1,), jnp.int32)
-        forward["unet"] = flops(network, state.params["unet"], z, t, build.cond_shapes(config))
+        forward["unet"] = flops(network, trained["unet"], z, t, build.cond_shapes(config))
 
-    mesh = build.unpack("mesh", make_mesh, config.mesh)
-    return {
+    # the scan over micro-batches is counted once
+    of_step = flops(build.objective(config).train_step, *step) * config.train.accumulate
+    facts = {
         "phase": config.phase,
         "image": [side, side, 3],
         "latent": list(shape),
@@ -50,32 +64,18 @@ def describe(config: ConfigDict) -> dict[str, Any]:
             if count(tree)
         },
         "flops_forward_per_image": forward,
-        "flops_per_step": _step_flops(config, objective, state, frozen, side, shape),
+        "flops_per_step": of_step,
         "batch_size": config.train.batch_size,
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
-        "bytes_of_state_per_device": {
-            "parameters": bytes_per_device(state.params, mesh),
-            "optimizer": bytes_per_device(state.opt_state, mesh),
-            "ema": bytes_per_device(state.ema, mesh),
-            "frozen": bytes_per_device(frozen, mesh),
-        },
+        "bytes_of_state_per_device": state_bytes(step, mesh),
     }
-
-
-def _step_flops(config, objective, state, frozen, side, shape):
-    rows = config.train.batch_size
-    batch = {"image": jax.ShapeDtypeStruct((rows, side, side, 3), jnp.float32)}
-    if config.phase == "diffusion":
-        frozen = {**frozen, "latent_scale": jax.ShapeDtypeStruct((), jnp.float32)}
-        stage = build.first_stage(config)
-        if config.latents.source == "cache":
-            moments = jax.eval_shape(stage.encode, frozen["first_stage"], batch["image"])
-            batch = {"moments": moments}
-        batch |= build.inputs(config, rows)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    # the scan over micro-batches is counted once
-    return flops(objective.train_step, state, frozen, batch, key) * config.train.accumulate
+    if planning:
+        facts["plan"] = plan(config, step, mesh)
+    if chip is not None:
+        best = roofline(facts["plan"], of_step / mesh.size, chip, config.dtype)
+        facts["roofline"] = {"kind": kind, **best}
+    return facts
 
 
 def flops(function: Callable, *abstract: Any) -> float:
@@ -104,15 +104,6 @@ def parts(tree: dict) -> dict[str, int]:
     return out
 
 
-def bytes_per_device(tree: Any, mesh: Any) -> int:
-    """Bytes that one device holds of a tree laid out by the shape rule."""
-    shardings = state_shardings(tree, mesh)
-    sizes = jax.tree.map(
-        lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, tree, shardings
-    )
-    return sum(jax.tree.leaves(sizes))
-
-
 def table(facts: dict[str, Any]) -> str:
     """The facts for people."""
     lines = [
@@ -132,5 +123,47 @@ def table(facts: dict[str, Any]) -> str:
     lines.append(f"  {'step':22}{facts['flops_per_step'] / 1e9:>16,.1f}")
     mesh = " x ".join(f"{axis} {ways}" for axis, ways in facts["mesh"].items())
     lines.append(f"state, MB per device ({facts['devices']} devices: {mesh})")
-    lines += [f"  {n:22}{v / 1e6:>16,.1f}" for n, v in facts["bytes_of_state_per_device"].items()]
-    return "\n".join(lines)
+    lines += [_megabytes(*item) for item in facts["bytes_of_state_per_device"].items()]
+    return "\n".join([*lines, *_plan_lines(facts)])
+
+
+def _plan_lines(facts: dict[str, Any]) -> list[str]:
+    if "plan" not in facts:
+        return []
+    plan = facts["plan"]
+    memory, whole = plan["bytes_per_device"], plan["optimizer_not_split"]
+    shown = ("batch", "gathered", "backward", "total")
+    lines = [
+        f"training step, MB per device ({plan['images_per_device_and_pass']} images at once)",
+        *(_megabytes(name, memory[name]) for name in shown),
+        "collectives, MB per step",
+        *(_megabytes(*item) for item in plan["collectives_per_step"].items()),
+    ]
+    if whole["bytes"]:
+        better = "".join(f"; mesh.fsdp={n} splits all" for n in whole["better_fsdp"])
+        lines.append(f"note: fsdp leaves {whole['bytes'] / 1e6:,.1f} MB of optimizer whole{better}")
+    if "compiled" in facts:
+        lines.append("compiled for as many CPUs, MB per device and MB per step")
+        for part in facts["compiled"].values():
+            lines += [_megabytes(*item) for item in part.items()]
+    return [*lines, *_roofline_lines(facts)]
+
+
+def _roofline_lines(facts: dict[str, Any]) -> list[str]:
+    if "roofline" not in facts:
+        return []
+    best = facts["roofline"]
+    kind, chip = best["kind"], CHIPS[best["kind"]]
+    speed = facts["batch_size"] / best["seconds_per_step"]
+    lines = [
+        f"fits {kind}    {best['fits']} ({best['memory']:.0%} of {chip.hbm / 1e9:.0f} GB)",
+        f"step on {kind} at best, ms ({best['bound']} bounds it: {speed:,.0f} images/s)",
+        *(f"  {name:22}{value * 1e3:>16,.1f}" for name, value in best["seconds"].items()),
+    ]
+    if facts["devices"] > chip.linked:
+        lines.append(f"note: {chip.linked} {kind} are linked so; between those, the network bounds")
+    return lines
+
+
+def _megabytes(name: str, value: float) -> str:
+    return f"  {name:22}{value / 1e6:>16,.1f}"

@@ -121,7 +121,7 @@ def test_help_shows_the_options_of_one_verb_with_examples(verb, capsys):
         | {"--sampler", "--steps", "--timesteps", "--eta", "--scale"},
         "reconstruct": {"--number", "--batch", "--input", "--out", "--from", "--weights"},
         "convert": {"--from", "--to", "--weights", "--dtype"},
-        "describe": {"--json", "--arrays"},
+        "describe": {"--json", "--arrays", "--devices", "--kind", "--compile"},
     }
     shared = {"--config"} if verb == "describe" else {"--config", "--workdir"}
     if verb not in ("describe", "convert"):
@@ -560,7 +560,26 @@ def test_description(capsys):
     do("describe", FIRST_STAGE, *SMALL, "--json")
     facts = json.loads(capsys.readouterr().out)
     assert (facts["latent"], facts["f"], facts["devices"]) == ([16, 16, 4], 2, 8)
-    do("describe", FIRST_STAGE, *SMALL)
-    assert "latent      16 x 16 x 4 (f = 2)" in capsys.readouterr().out
+    do("describe", FIRST_STAGE, *SMALL, "--devices=4", "--kind=v5e")
+    text = capsys.readouterr().out
+    assert "latent      16 x 16 x 4 (f = 2)" in text
+    assert "4 devices: data 4 x fsdp 1" in text
+    assert re.search(
+        r"fits v5e +yes \(0% of 16 GB\)\nstep on v5e at best, ms \(\w+ bounds it", text
+    )
     do("describe", FIRST_STAGE, *SMALL, "--arrays")
     assert "autoencoder/decoder/conv_in/kernel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--devices=3"], "train.batch_size 8 does not divide by 3 devices x .* 1; 6 and 9 would"),
+        (["--devices=6", "--config.mesh.fsdp=4"], "6 devices do not divide into a mesh"),
+        (["--kind=v5"], "unknown kind of chip 'v5'; did you mean 'v5p'"),
+        (["--compile"], "--compile needs --devices=N"),
+    ],
+)
+def test_mistakes_in_planning(options, message, capsys):
+    line = mistake(capsys, "describe", f"{FIRST_STAGE}:tiny", *options)
+    assert re.search(literal(message), line)

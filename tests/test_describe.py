@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build
 from latent_diffusion_jax.config import load_config
-from latent_diffusion_jax.describe import arrays, bytes_per_device, count, describe, table
-from latent_diffusion_jax.train.sharding import make_mesh
+from latent_diffusion_jax.describe import arrays, count, describe, table
+from latent_diffusion_jax.train.sharding import bytes_per_device, make_mesh
 
 DIFFUSION, FIRST_STAGE = "configs/diffusion/shapes.py", "configs/first_stage/shapes.py"
 VQ_F4 = dict(
@@ -109,7 +109,7 @@ def test_facts_of_a_config(tiny):
     assert of_state["parameters"] == 4 * trained
     assert of_state["ema"] == 4 * about["unet"]["total"]
     assert 0 <= of_state["optimizer"] - 8 * trained <= 16  # Adam's two moments, and its counters
-    assert of_state["frozen"] == 4 * about["first_stage"]["total"]
+    assert of_state["frozen"] == 4 * (about["first_stage"]["total"] + 1)  # the latent scale
     text = table(facts)
     assert f"{about['unet']['total']:,}" in text
     assert "8 x 8 x 4 (f = 4)" in text

@@ -23,7 +23,17 @@ PARTS = {  # part -> what it may import beside itself and `errors`
     "first_stage": ["nn", "train.objective"],
 }
 for top in (
-    *("build", "plan", "describe", "pipeline", "sampling", "inputs", "evaluate", "convert"),
+    *(
+        "build",
+        "plan",
+        "compiled",
+        "describe",
+        "pipeline",
+        "sampling",
+        "inputs",
+        "evaluate",
+        "convert",
+    ),
     *("phases", "__main__"),
 ):
     PARTS[top] = list(PARTS)  # all before them
