@@ -76,7 +76,11 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 
 
 PHASES = {
-    "diffusion": ("configs/diffusion/shapes.py:tiny", ["train.accumulate=2"]),
+    "diffusion": (
+        "configs/diffusion/shapes.py:tiny",
+        ["latents.source=cache", "unet.channel_mult=(1,)", "unet.model_channels=64"]
+        + ["train.accumulate=2"],
+    ),
     "first stage": ("configs/first_stage/vq_f4.py:tiny", []),
 }
 
@@ -94,13 +98,15 @@ def test_plan_is_what_is_compiled(phase, monkeypatch):
 
 def check(planned, compiled):
     memory, collectives = compiled["bytes_per_device"], compiled["collectives_per_step"]
+    planned_memory = planned["bytes_per_device"]
     state = ("parameters", "optimizer", "ema", "frozen", "batch")
-    held = sum(planned["bytes_per_device"][name] for name in state)
-    assert abs(held / memory["arguments"] - 1) < 0.1
+    held = sum(planned_memory[name] for name in state)
+    # the program is not given what it does not read of the frozen networks
+    assert 0.99 * (held - planned_memory["frozen"]) < memory["arguments"] < 1.01 * held
     for name in ("gathered", "reduced"):
         assert abs(planned["collectives_per_step"][name] / collectives[name] - 1) < 0.1
     assert collectives["scattered"] + collectives["moved"] < 0.02 * collectives["gathered"]
-    temporary = planned["bytes_per_device"]["gathered"] + planned["bytes_per_device"]["backward"]
+    temporary = planned_memory["gathered"] + planned_memory["backward"]
     assert 0.7 < temporary / memory["temporary"] < 2  # XLA fuses, the plan does not
 
 
