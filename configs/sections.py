@@ -121,9 +121,14 @@ def diffusion(**changes):
     return {**section, **changes}
 
 
-def latents(source="online", scale=None):
-    """ "online" (encoded in each step) or "cache" (see the verb `encode`); scale None: measured."""
-    return dict(source=source, scale=config_dict.placeholder(float) if scale is None else scale)
+def latents(source="online", scale=None, variants=1):
+    """ "online" (encoded in each step) or "cache" (see the verb `encode`); scale None: measured.
+
+    `encode` stores `variants` of each training image: 1 is cut centrally and not mirrored, more are
+    each cut and mirrored anew, as section `data` says, and taken in turn, one in each epoch.
+    """
+    scale = config_dict.placeholder(float) if scale is None else scale
+    return dict(source=source, scale=scale, variants=variants)
 
 
 def train(batch_size, **changes):

@@ -168,7 +168,7 @@ def train(args) -> int:
 
 def encode(args) -> None:
     """Writes `<workdir>/latents` and the latent scale."""
-    from latent_diffusion_jax.phases import encode
+    from latent_diffusion_jax.encode import encode
 
     config = _config(args, required=True)
     if config.phase != "diffusion":

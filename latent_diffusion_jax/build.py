@@ -132,8 +132,11 @@ def conditions(config: ConfigDict) -> list[ConfigDict]:
     return [part for name, part in section.items() if name != "kind"]
 
 
-def conditioner(config: ConfigDict) -> Conditioner:
-    """The conditioner; kind "several" has one in each of its other keys."""
+def conditioner(config: ConfigDict, cached: bool = False) -> Conditioner:
+    """The conditioner; kind "several" has one in each of its other keys.
+
+    A `cached` one reads what `encode` stored where that is what a frozen network made.
+    """
 
     def make(name: str, section: Mapping[str, Any]) -> Conditioner:
         options = dict(section)
@@ -144,13 +147,14 @@ def conditioner(config: ConfigDict) -> Conditioner:
         given = {"dtype": dtype(config)} if "dtype" in _keywords(function) else {}
         return unpack(name, function, options, **given)
 
-    return make("conditioning", config.conditioning)
+    made = make("conditioning", config.conditioning)
+    return made.encoded if cached and made.encoded else made
 
 
-def inputs(config: ConfigDict, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+def inputs(config: ConfigDict, rows: int, cached: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and type of what the conditioner reads, for a batch of training images."""
     side = config.data.image_size
-    entries = conditioner(config).inputs(side, side)
+    entries = conditioner(config, cached).inputs(side, side)
     return {k: jax.ShapeDtypeStruct((rows, *s.shape), s.dtype) for k, s in entries.items()}
 
 
@@ -172,19 +176,28 @@ def prepare(config: ConfigDict) -> Prepare:
     return all_of_them
 
 
-def condition(config: ConfigDict) -> Callable[[Any, Any, Mapping], Cond]:
+def condition(config: ConfigDict, cached: bool = False) -> Callable[[Any, Any, Mapping], Cond]:
     """(params, frozen, inputs) -> Cond, with the weights that are trained or the frozen ones."""
-    stage, c = first_stage(config), conditioner(config)
+    stage, c = first_stage(config), conditioner(config, cached)
 
     def apply(params, frozen, inputs):
         def to_latent(image):
             moments = stage.encode(frozen["first_stage"], image)
             return frozen["latent_scale"] * stage.mode(moments)
 
-        weights = (frozen if c.frozen else params).get("conditioning", {})  # absent: has none
-        return c.apply(weights, inputs, to_latent)
+        return c.apply(_weights(c, params, frozen), inputs, to_latent)
 
     return apply
+
+
+def null(config: ConfigDict, cached: bool = False) -> Callable[[Any, Any, dict], dict]:
+    """(params, frozen, inputs) -> inputs that mean "no condition"."""
+    c = conditioner(config, cached)
+    return lambda params, frozen, inputs: c.null(_weights(c, params, frozen), inputs)
+
+
+def _weights(c: Conditioner, params: Any, frozen: Any) -> Any:
+    return (frozen if c.frozen else params).get("conditioning", {})  # absent: has none
 
 
 def schedule(config: ConfigDict) -> Schedule:
@@ -284,10 +297,13 @@ def init_params(config: ConfigDict) -> Callable[[jax.Array], dict]:
     return init
 
 
-def frozen_shapes(config: ConfigDict, training: bool = False) -> dict[str, Any]:
+def frozen_shapes(
+    config: ConfigDict, training: bool = False, cached: bool = False
+) -> dict[str, Any]:
     """Shapes of the parameters that a phase takes as they are, by network.
 
-    First stage and frozen conditioning in phase 2; LPIPS in phase 1, if it is for `training`.
+    First stage and frozen conditioning (or of that the `cached` null condition) in phase 2; LPIPS
+    in phase 1, if it is for `training`.
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
     if config.phase == "first_stage":
@@ -295,7 +311,7 @@ def frozen_shapes(config: ConfigDict, training: bool = False) -> dict[str, Any]:
             return {}
         image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)  # of any size
         return {"lpips": jax.eval_shape(Lpips().init, key, image, image)["params"]}
-    stage, c = first_stage(config), conditioner(config)
+    stage, c = first_stage(config), conditioner(config, cached)
     frozen = {"first_stage": jax.eval_shape(stage.init, key)}
     if c.frozen:
         frozen["conditioning"] = jax.eval_shape(c.init, key)
@@ -321,7 +337,7 @@ def latents(config: ConfigDict) -> Callable[[Any, Mapping, jax.Array], jax.Array
     def cached(frozen, batch, key):
         return frozen["latent_scale"] * stage.sample(batch["moments"], key)
 
-    return choose("latents.source", config.latents.source, {"online": online, "cache": cached})
+    return cached if is_cached(config) else online
 
 
 def denoise_network(config: ConfigDict) -> Callable[..., jax.Array]:
@@ -363,16 +379,16 @@ def criterion(config: ConfigDict) -> Criterion:
             kind=kind,
             adversary=adversary(config),
         )
-    section = dict(config.diffusion)
+    section, cached = dict(config.diffusion), is_cached(config)
     section.pop("schedule")
     loss = unpack(
         "diffusion",
         diffusion_objective.make_loss,
         section,
         denoise_network=denoise_network(config),
-        condition=condition(config),
-        null=conditioner(config).null,
-        keys=conditioner(config).keys,
+        condition=condition(config, cached),
+        null=null(config, cached),
+        keys=conditioner(config, cached).keys,
         latents=latents(config),
         schedule=schedule(config),
     )
@@ -429,7 +445,24 @@ def _gathering(criterion: Criterion, mesh: Mesh) -> Criterion:
 
 
 def batch_keys(config: ConfigDict, cached: bool = False) -> tuple[str, ...]:
-    """The entries of an example that training reads; `cached` moments stand for images."""
+    """The entries of an example that training reads, or its `cached` ones: moments for images."""
     if config.phase == "first_stage":
         return ("image",)
-    return ("moments" if cached else "image", *conditioner(config).keys)
+    return ("moments" if cached else "image", *conditioner(config, cached).keys)
+
+
+def is_cached(config: ConfigDict) -> bool:
+    """Whether phase 2 trains on what `encode` stored."""
+    return choose("latents.source", config.latents.source, {"online": False, "cache": True})
+
+
+def variants(config: ConfigDict, split: str) -> int:
+    """How many of each example `encode` stores: one of validation, cut centrally.
+
+    Raises:
+      UserError: fewer than one.
+    """
+    number = config.latents.get("variants", 1)
+    if number < 1:
+        raise UserError(f"latents.variants {number} must be at least 1")
+    return number if split == "train" else 1

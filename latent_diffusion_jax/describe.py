@@ -37,8 +37,7 @@ def describe(
     stage, shape = build.first_stage(config), build.latent_shape(config)
     side = config.data.image_size
     step = step_shapes(config)
-    trained, frozen = dict(step.state.params), dict(step.frozen)
-    frozen.pop("latent_scale", None)  # a number, not a network
+    trained, frozen = dict(step.state.params), build.frozen_shapes(config, training=True)
     first_stage = trained.get("autoencoder") or frozen["first_stage"]
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     z = jax.ShapeDtypeStruct((1, *shape), jnp.float32)

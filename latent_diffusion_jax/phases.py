@@ -4,13 +4,13 @@ Phase 2 keeps a copy of its first stage in `<workdir>/first_stage`, itself a wor
 that a workdir is complete: it can be moved, and sampled from alone.
 """
 
+import contextlib
 import functools
 import itertools
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,20 +24,16 @@ from latent_diffusion_jax import build, pipeline, sampling
 from latent_diffusion_jax.cluster import everywhere
 from latent_diffusion_jax.config import stored_config, to_json
 from latent_diffusion_jax.convert.lpips import HOW_TO_GET, load_lpips
-from latent_diffusion_jax.data import latents
 from latent_diffusion_jax.data.latents import Latents
 from latent_diffusion_jax.data.loader import make_loader
 from latent_diffusion_jax.errors import UserError, choose, differences
 from latent_diffusion_jax.first_stage.losses import use_of_codes
 from latent_diffusion_jax.first_stage.quality import signs_of_trouble
-from latent_diffusion_jax.train.checkpoint import write_config, write_weights
+from latent_diffusion_jax.train.checkpoint import Checkpointer, write_config, write_weights
 from latent_diffusion_jax.train.checksum import checksums
-from latent_diffusion_jax.train.metrics import Progress, Values, average
+from latent_diffusion_jax.train.metrics import Values, average
 from latent_diffusion_jax.train.objective import Objective
 from latent_diffusion_jax.train.sharding import (
-    batch_sharding,
-    gather,
-    own_rows,
     put_batch,
     put_tree,
     replicated,
@@ -45,7 +41,6 @@ from latent_diffusion_jax.train.sharding import (
 from latent_diffusion_jax.train.state import TrainState, sampling_params
 
 SCALE_BATCHES = 32
-SHARD = 8192  # cached latents in a file
 PREVIEWS = 16
 SPLITS = ("train", "validation")
 WANTED = {  # what to say where it was not given
@@ -95,14 +90,18 @@ def _first_stage(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
 
 def _diffusion(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
     objective = build.objective(config, mesh)
-    make = sampling.make_generate
-    generate = build.unpack("sample", make, config.sample, config=config, mesh=mesh)
-    if config.latents.source == "cache":
-        frozen = prepare_frozen(config, workdir, mesh)
+    is_cached = build.is_cached(config)
+    given = dict(config=config, mesh=mesh, cached=is_cached)
+    generate = build.unpack("sample", sampling.make_generate, config.sample, **given)
+    if is_cached:
+        without = ("conditioning",) if build.conditioner(config).encoded else ()
+        frozen = prepare_frozen(config, workdir, mesh, without)
         train, validation = (
             cached(config, workdir, split, frozen["first_stage"]) for split in SPLITS
         )
         check_classes(config, train.num_classes)
+        if without:
+            frozen["conditioning"] = put_tree(mesh, {"null": train.null})
     else:
         train, validation = (build.source(config, split) for split in SPLITS)
         check_classes(config, train.num_classes)
@@ -126,11 +125,12 @@ def _diffusion(config: ConfigDict, workdir: str, mesh: Mesh) -> Phase:
 
 def preview_inputs(config: ConfigDict, source, indices: np.ndarray) -> dict[str, np.ndarray]:
     """Conditions for pictures during training: every class in turn, or the first examples'."""
-    if set(build.conditioner(config).keys) <= {"label"}:
+    keys = build.conditioner(config, isinstance(source, Latents)).keys
+    if set(keys) <= {"label"}:
         return sampling.example_inputs(config, indices)
     examples = first_examples(config, source, len(indices))
     rows = indices % len(next(iter(examples.values())))
-    return {name: examples[name][rows] for name in build.conditioner(config).keys}
+    return {name: examples[name][rows] for name in keys}
 
 
 def check_classes(config: ConfigDict, num_classes: int | None) -> None:
@@ -149,7 +149,10 @@ def check_classes(config: ConfigDict, num_classes: int | None) -> None:
         )
 
 
-def _loader(config: ConfigDict, source, batch_size: int, train: bool, shard=None, part=None):
+def loader(
+    config: ConfigDict, source, batch_size: int, train: bool, shard=None, part=None, variants=1
+):
+    """Batches of a source, or of a cache, as the config says; the rest as for `make_loader`."""
     index, count = shard or (jax.process_index(), jax.process_count())
     if batch_size % count:
         raise UserError(f"batch of {batch_size} does not divide by {count} processes")
@@ -167,22 +170,23 @@ def _loader(config: ConfigDict, source, batch_size: int, train: bool, shard=None
         keys=build.batch_keys(config, cached=cached),
         shard=(index, count),
         part=part,
+        variants=variants,
     )
 
 
 def shuffled(config: ConfigDict, source):
     """The endless batches of training."""
-    return _loader(config, source, config.train.batch_size, train=True)
+    return loader(config, source, config.train.batch_size, train=True)
 
 
 def in_order(config: ConfigDict, source, batch_size: int):
     """One pass without augmentation, this process's rows; alone, the last batch may be short."""
-    return _loader(config, source, batch_size, train=False)
+    return loader(config, source, batch_size, train=False)
 
 
 def first_examples(config: ConfigDict, source, number: int) -> dict[str, np.ndarray]:
     """The first of a source, all of them in every process."""
-    return next(_loader(config, source, min(number, len(source)), train=False, shard=(0, 1)))
+    return next(loader(config, source, min(number, len(source)), train=False, shard=(0, 1)))
 
 
 def _evaluator(config, objective, frozen, source, mesh):
@@ -209,8 +213,12 @@ def _evaluator(config, objective, frozen, source, mesh):
     return evaluate
 
 
-def prepare_frozen(config: ConfigDict, workdir: str, mesh: Mesh) -> dict[str, Any]:
+def prepare_frozen(
+    config: ConfigDict, workdir: str, mesh: Mesh, without: Sequence[str] = ()
+) -> dict[str, Any]:
     """What a phase does not train, by network: the workdir's own copies, made if there are none.
+
+    Those `without` which it trains are copied, and not read.
 
     Raises:
       UserError: `run.first_stage` is not a trained workdir of the same first stage,
@@ -227,7 +235,7 @@ def prepare_frozen(config: ConfigDict, workdir: str, mesh: Mesh) -> dict[str, An
                 _same_first_stage(config, copy)
         else:
             _copy_frozen(config, name, copy, mesh)
-    frozen = pipeline.load_frozen(config, workdir, mesh, training=True)
+    frozen = pipeline.load_frozen(config, workdir, mesh, training=True, without=without)
     if config.phase == "diffusion":
         frozen = {"first_stage": {}, **frozen}  # the identity has no weights
     return put_tree(mesh, frozen)
@@ -317,7 +325,7 @@ def latents_path(workdir: str, split: str) -> str:
 
 
 def fingerprint(config: ConfigDict, split: str, params: Any) -> dict[str, Any]:
-    """What the moments of a split depend on; `params` are the first stage's."""
+    """What the latents of a split depend on; `params` are the first stage's."""
     return {
         "split": split,
         "data": config.data.to_dict(),
@@ -327,101 +335,28 @@ def fingerprint(config: ConfigDict, split: str, params: Any) -> dict[str, Any]:
     }
 
 
+def cache_fingerprint(config: ConfigDict, workdir: str, split: str, params: Any) -> dict[str, Any]:
+    """The fingerprint of a split's cache: also how often, and which frozen encoder of conditions.
+
+    Its weights are not read: the checksums in the workdir's copy stand for them.
+    """
+    made_from = fingerprint(config, split, params)
+    made_from["variants"] = build.variants(config, split)
+    if build.conditioner(config).encoded:
+        place = str(epath.Path(workdir) / "conditioning")
+        with contextlib.closing(Checkpointer(place, read_only=True)) as checkpointer:
+            sums = json.dumps(checkpointer.weights_checksums())
+        made_from["conditioning_weights"] = zlib.crc32(sums.encode())
+    return made_from
+
+
 def cached(config: ConfigDict, workdir: str, split: str, params: Any) -> Latents:
-    """The cached moments of a split.
+    """The cached latents of a split.
 
     Raises:
       UserError: there are none, or they are of something else.
     """
     return Latents(
-        directory=latents_path(workdir, split), fingerprint=fingerprint(config, split, params)
+        directory=latents_path(workdir, split),
+        fingerprint=cache_fingerprint(config, workdir, split, params),
     )
-
-
-def _is_encoded(config: ConfigDict, workdir: str, split: str, params: Any, count: int) -> bool:
-    try:
-        there = cached(config, workdir, split, params)
-        there.verify()
-    except UserError:
-        return False
-    return len(there) == count and set(build.batch_keys(config, cached=True)) <= {*there.names}
-
-
-def encode(config: ConfigDict, workdir: str, mesh: Mesh) -> float:
-    """Writes the posterior moments of both splits to `<workdir>/latents`; returns the scale.
-
-    What is there already, of the same data and first stage, is kept, shard by shard. Each process
-    encodes shards of its own.
-    """
-    sources = {split: build.source(config, split) for split in SPLITS}
-    check_classes(config, sources["train"].num_classes)
-    params = prepare_frozen(config, workdir, mesh)["first_stage"]
-    scale = latent_scale(config, workdir, params, mesh)
-    for split, source in sources.items():
-        place = latents_path(workdir, split)
-        if everywhere(_is_encoded(config, workdir, split, params, len(source))):
-            print(f"{split}: encoded before; to do it again, remove {place}", flush=True)
-            continue
-        made_from = fingerprint(config, split, params)
-        plan = {"fingerprint": made_from, "keys": build.batch_keys(config)}
-        if jax.process_index() == 0:
-            latents.begin(place, plan, len(source), SHARD)
-        everywhere(True)
-        _encode_shards(config, source, latents.partial_of(Path(place)), params, mesh, split)
-        everywhere(True)
-        if jax.process_index() == 0:
-            latents.finish(
-                place,
-                fingerprint=made_from,
-                latent_scale=scale,
-                num_classes=source.num_classes,
-                class_names=source.class_names,
-            )
-        everywhere(True)
-    return scale
-
-
-def _encode_shards(
-    config: ConfigDict, source: Any, partial: Any, params: Any, mesh: Mesh, split: str
-) -> None:
-    """Writes this process's share of the shards that are not there yet."""
-    index, processes = jax.process_index(), jax.process_count()
-    rows = config.train.batch_size // processes
-    stage = build.first_stage(config)
-    encoder = jax.jit(
-        lambda params, image: stage.encode(gather(mesh, params), image),
-        out_shardings=batch_sharding(mesh),
-    )
-    parts = {
-        number: latents.shard_rows(number, len(source), SHARD)
-        for number in latents.unfinished(partial, len(source), SHARD)
-    }
-    everywhere(True)  # all have looked, before one of them writes
-    shares = [list(parts)[i::processes] for i in range(processes)]
-    steps = [sum(-(-len(parts[number]) // rows) for number in share) for share in shares]
-    mine = sum(len(parts[number]) for number in shares[index])
-    progress = Progress(mine, unit=f"{split} image")
-    done, tenths = 0, 0
-
-    def run(image):
-        padded = np.pad(image, ((0, rows - len(image)), (0, 0), (0, 0), (0, 0)))
-        moments = encoder(params, put_batch(mesh, {"image": padded})["image"])
-        return own_rows(moments)[: len(image)]
-
-    def encoded(part):
-        nonlocal done, tenths
-        for batch in _loader(config, source, rows, train=False, shard=(0, 1), part=part):
-            image = batch.pop("image")
-            yield {"moments": run(image), **batch}
-            done += len(image)
-            progress.update(done)
-            if done * 10 // mine > tenths:
-                tenths = done * 10 // mine
-                progress.line(done, "encoded")
-
-    for number in shares[index]:
-        latents.write_shard(partial, number, encoded(parts[number]), len(parts[number]))
-    size = config.data.image_size
-    for _ in range(max(steps) - steps[index]):  # devices work together, or not at all
-        run(np.zeros((rows, size, size, 3), np.float32))
-    progress.close()

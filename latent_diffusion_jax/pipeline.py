@@ -76,12 +76,16 @@ def load(workdir: str, mesh: Mesh) -> Trained:
 
 
 def load_frozen(
-    config: ConfigDict, workdir: str, mesh: Mesh, training: bool = False
+    config: ConfigDict,
+    workdir: str,
+    mesh: Mesh,
+    training: bool = False,
+    without: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What a phase does not train, by network: a workdir keeps each in a folder of its name."""
     frozen = {}
     for name, tree in build.frozen_shapes(config, training).items():
-        if tree:
+        if tree and name not in without:
             network = FROZEN[name]
             abstract = TrainState(jnp.int32(0), {network: lay_out(tree, mesh)}, (), {})
             _, state, _ = _restore(abstract, str(epath.Path(workdir) / name))

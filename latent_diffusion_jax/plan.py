@@ -45,14 +45,15 @@ def step_shapes(config: ConfigDict) -> Step:
     rows = config.train.batch_size
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(build.objective(config).init, key)
-    frozen = build.frozen_shapes(config, training=True)
+    cached = config.phase == "diffusion" and build.is_cached(config)
+    frozen = build.frozen_shapes(config, training=True, cached=cached)
     side = config.data.image_size
     batch = {"image": jax.ShapeDtypeStruct((rows, side, side, 3), jnp.float32)}
     if config.phase == "diffusion":
-        if config.latents.source == "cache":
+        if cached:
             encode = build.first_stage(config).encode
             batch = {"moments": jax.eval_shape(encode, frozen["first_stage"], batch["image"])}
-        batch |= build.inputs(config, rows)
+        batch |= build.inputs(config, rows, cached)
         frozen = {**frozen, "latent_scale": jax.ShapeDtypeStruct((), jnp.float32)}
     return Step(state, frozen, batch, key)
 

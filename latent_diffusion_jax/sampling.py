@@ -62,6 +62,7 @@ def make_generate(
     scale: float,
     size: tuple[int, int] | None = None,
     extras: Extras = PLAIN,
+    cached: bool = False,
 ) -> Callable[..., Any]:
     """Builds generate(params, frozen, inputs, key, indices) -> images [B, H, W, 3], compiled once.
 
@@ -73,6 +74,7 @@ def make_generate(
       scale: of guidance; 1 is the plain condition, evaluated alone.
       size: height and width of the images; default: as in training.
       extras: see there.
+      cached: whether inputs are what `encode` stored, and `frozen` goes with it.
 
     Image i (of `indices`) depends on the key and i alone, up to rounding. Beside the conditioner's,
     `inputs` may hold `start` and `hole` (an edit), `guide`, and `between` [B], from 0 to 1: images
@@ -82,7 +84,7 @@ def make_generate(
     method = make_sampler(sampler, schedule, **options)
     times = make_timesteps(timesteps, steps, schedule)
     shape = build.latent_shape(config, size)
-    denoiser = make_denoiser(config, scale != 1, extras)
+    denoiser = make_denoiser(config, scale != 1, extras, cached)
 
     def latent(params, frozen, inputs, key, indices, scales):
         params, frozen = gather(mesh, (params, frozen))
@@ -130,14 +132,16 @@ def make_generate(
     return call
 
 
-def make_denoiser(config: ConfigDict, guided: bool, extras: Extras) -> Callable[..., Denoise]:
+def make_denoiser(
+    config: ConfigDict, guided: bool, extras: Extras, cached: bool = False
+) -> Callable[..., Denoise]:
     """Builds denoiser(params, frozen, inputs, (scale, guide_scale)) -> Denoise.
 
     Conditions, guidance, windows and thresholds are inside it.
     """
     schedule, stage = build.schedule(config), build.first_stage(config)
-    conditioner, network = build.conditioner(config), build.denoise_network(config)
-    condition = build.condition(config)
+    conditioner, network = build.conditioner(config, cached), build.denoise_network(config)
+    condition, null = build.condition(config, cached), build.null(config, cached)
     guided = guided and bool(conditioner.keys)
     if extras.window is not None:
         side = _latent_side("window", extras.window, stage)
@@ -156,7 +160,7 @@ def make_denoiser(config: ConfigDict, guided: bool, extras: Extras) -> Callable[
 
         asked = {name: inputs[name] for name in conditioner.keys}
         if guided:
-            both = (conditioner.null(asked), asked)
+            both = (null(params, frozen, asked), asked)
             denoise = guide(of(jax.tree.map(lambda *x: jnp.concatenate(x), *both)), scale)
             if extras.interval is not None:
                 denoise = within(extras.interval, denoise, of(asked))

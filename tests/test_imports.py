@@ -34,7 +34,7 @@ for top in (
         "evaluate",
         "convert",
     ),
-    *("phases", "__main__"),
+    *("phases", "encode", "__main__"),
 ):
     PARTS[top] = list(PARTS)  # all before them
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from latent_diffusion_jax import phases, pipeline
+from latent_diffusion_jax import encode, pipeline
 from latent_diffusion_jax.data.latents import Latents
 from latent_diffusion_jax.train.metrics import read_jsonl
 from latent_diffusion_jax.train.sharding import make_mesh
@@ -131,7 +131,7 @@ def test_encode_by_two_and_in_shards(first_stage, tmp_path, monkeypatch):
     command += [f"--config.run.first_stage={first_stage}", "--config.latents.scale=0.5"]
     two, shards = tmp_path / "two", tmp_path / "shards"
     said_by(start_all(2, *command, f"--workdir={two}"), [0, 0])
-    monkeypatch.setattr(phases, "SHARD", 12)
+    monkeypatch.setattr(encode, "SHARD", 12)
     do(*command, f"--workdir={shards}")
     caches = [Latents(directory=place / "latents" / "train") for place in (two, shards)]
     assert [len(cache.shards) for cache in caches] == [1, 3]

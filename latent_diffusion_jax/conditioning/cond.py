@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 from flax import struct
 
+from latent_diffusion_jax.errors import UserError
+
 Inputs = dict[str, Any]  # [B, ...] each
 ToLatent = Callable[[jax.Array], jax.Array]  # image [B, H, W, 3] -> scaled latent [B, h, w, c]
 
@@ -32,16 +34,21 @@ class Conditioner(NamedTuple):
 
     init: key -> params ({} when there are no weights).
     apply: (params, inputs, to_latent) -> Cond; only those that concatenate images read `to_latent`.
-    null: inputs -> inputs of the same shapes that mean "no condition" (for guidance).
+    null: (params, inputs) -> inputs of the same shapes that mean "no condition" (for guidance).
     inputs: (height, width) of the image -> shape and type of each entry of one example.
     frozen: whether the weights come from elsewhere and are not trained.
+    encode: (params, inputs) -> what a frozen network makes of them, the same in every step.
+    encoded: the same condition, which reads that instead; its params are {"null": what `encode`
+      makes of one null example}. None where there is nothing to encode.
     """
 
     init: Callable[[jax.Array], Any]
     apply: Callable[..., Cond]
-    null: Callable[[Inputs], Inputs]
+    null: Callable[[Any, Inputs], Inputs]
     inputs: Callable[[int, int], dict[str, jax.ShapeDtypeStruct]]
     frozen: bool = False
+    encode: Callable[[Any, Inputs], Inputs] = lambda params, inputs: {}
+    encoded: "Conditioner | None" = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -54,13 +61,21 @@ def unconditional() -> Conditioner:
     return Conditioner(
         init=lambda key: {},
         apply=lambda params, inputs, to_latent=None: Cond(),
-        null=lambda inputs: inputs,
+        null=lambda params, inputs: inputs,
         inputs=lambda height, width: {},
     )
 
 
 def together(parts: Mapping[str, Conditioner]) -> Conditioner:
-    """Several conditions at once, each for a port of its own: text beside a mask, for one."""
+    """Several conditions at once, each for a port of its own: text beside a mask, for one.
+
+    Raises:
+      UserError: one has weights to train and another frozen ones.
+    """
+    frozen = any(part.frozen for part in parts.values())
+    for name, part in parts.items():
+        if frozen and not part.frozen and jax.eval_shape(part.init, jax.random.key(0)):
+            raise UserError(f"conditioning.{name} is to be trained, which a frozen one rules out")
 
     def merged(dicts):
         return {name: value for each in dicts for name, value in each.items()}
@@ -77,10 +92,19 @@ def together(parts: Mapping[str, Conditioner]) -> Conditioner:
         ports = merged({k: v for k, v in vars(c).items() if v is not None} for c in conds)
         return Cond(**ports)
 
-    return Conditioner(
+    def null(params, inputs):
+        return merged(part.null(params, own(part, inputs)) for part in parts.values())
+
+    joined = Conditioner(
         init=init,
         apply=apply,
-        null=lambda inputs: merged(part.null(own(part, inputs)) for part in parts.values()),
+        null=null,
         inputs=lambda height, width: merged(p.inputs(height, width) for p in parts.values()),
-        frozen=any(part.frozen for part in parts.values()),
+        frozen=frozen,
+    )
+    if not any(part.encoded for part in parts.values()):
+        return joined
+    return joined._replace(
+        encode=lambda params, inputs: merged(p.encode(params, inputs) for p in parts.values()),
+        encoded=together({name: part.encoded or part for name, part in parts.items()}),
     )

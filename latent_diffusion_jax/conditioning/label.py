@@ -31,7 +31,7 @@ def label(*, num_classes: int, dim: int, null_class: bool = True) -> Conditioner
         tokens: Any = table.apply({"params": params["embedding"]}, inputs["label"])
         return Cond(context=tokens[:, None, :])
 
-    def null(inputs):
+    def null(params, inputs):
         if not null_class:
             raise UserError(
                 "this model was trained without a null class: it takes guidance scale 1 and"

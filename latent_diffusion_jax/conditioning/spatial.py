@@ -47,9 +47,10 @@ def segmentation(*, num_classes: int, channels: int, halvings: int = 2) -> Condi
     def inputs(height, width):
         return {"segmentation": jax.ShapeDtypeStruct((height, width), jnp.int32)}
 
-    return Conditioner(
-        init, apply, lambda x: {"segmentation": jnp.full_like(x["segmentation"], -1)}, inputs
-    )
+    def null(params, inputs):
+        return {"segmentation": jnp.full_like(inputs["segmentation"], -1)}
+
+    return Conditioner(init, apply, null, inputs)
 
 
 def lowres(*, factor: int = 4) -> Conditioner:
@@ -65,7 +66,7 @@ def lowres(*, factor: int = 4) -> Conditioner:
     return Conditioner(
         init=lambda key: {},
         apply=lambda params, inputs, to_latent=None: Cond(concat=inputs["lowres"]),
-        null=lambda inputs: {"lowres": jnp.zeros_like(inputs["lowres"])},
+        null=lambda params, inputs: {"lowres": jnp.zeros_like(inputs["lowres"])},
         inputs=inputs,
     )
 
@@ -101,7 +102,7 @@ def inpainting(*, mask: str = "ldm") -> Conditioner:
             "mask": jax.ShapeDtypeStruct((height, width, 1), jnp.float32),
         }
 
-    return Conditioner(lambda key: {}, apply, lambda x: x, inputs)
+    return Conditioner(lambda key: {}, apply, lambda params, inputs: inputs, inputs)
 
 
 def nearest(x: jax.Array, height: int, width: int) -> jax.Array:
@@ -123,6 +124,6 @@ def embeddings(*, number: int, dim: int) -> Conditioner:
     return Conditioner(
         init=lambda key: {},
         apply=lambda params, inputs, to_latent=None: Cond(context=inputs["embeddings"]),
-        null=lambda inputs: {"embeddings": jnp.zeros_like(inputs["embeddings"])},
+        null=lambda params, inputs: {"embeddings": jnp.zeros_like(inputs["embeddings"])},
         inputs=inputs,
     )

@@ -4,6 +4,7 @@ Tokens are made on the host by `transformers`' tokenisers, from a folder, a voca
 name; the networks see int32 only.
 """
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,7 +61,34 @@ def clip(
     `pad` fills up after the end token: the end token itself (Stable Diffusion 1) or 0 (2).
     """
     network = ClipText(vocab_size, max_length, dim, depth, num_heads, activation, dtype)
-    return token_conditioner(network, empty_tokens(CLIP_EMPTY, pad, max_length), frozen=True)
+    tokens = token_conditioner(network, empty_tokens(CLIP_EMPTY, pad, max_length), frozen=True)
+
+    def encode(params, inputs):
+        context: Any = tokens.apply(params, inputs).context
+        return {"context": context.astype(dtype)}
+
+    return tokens._replace(encode=encode, encoded=encoded_text(max_length, dim, dtype))
+
+
+def encoded_text(max_length: int, dim: int, dtype: Any = jnp.float32) -> Conditioner:
+    """Context [B, max_length, dim] in `dtype`, as a text encoder made it before, as it is.
+
+    The params are the null condition: {"null": {"context": [max_length, dim]}}.
+    """
+    shape = jax.ShapeDtypeStruct((max_length, dim), dtype)
+
+    def null(params, inputs):
+        return {"context": jnp.broadcast_to(params["null"]["context"], inputs["context"].shape)}
+
+    return Conditioner(
+        init=lambda key: {"null": {"context": jnp.zeros(shape.shape, shape.dtype)}},
+        apply=lambda params, inputs, to_latent=None: Cond(
+            context=inputs["context"].astype(jnp.float32)
+        ),
+        null=null,
+        inputs=lambda height, width: {"context": shape},
+        frozen=True,
+    )
 
 
 def empty_tokens(empty: Sequence[int], pad: int, max_length: int) -> np.ndarray:
@@ -86,12 +114,13 @@ def token_conditioner(network: nn.Module, null_tokens: np.ndarray, frozen: bool)
     def inputs(height, width):
         return {"tokens": jax.ShapeDtypeStruct((length,), jnp.int32)}
 
-    def null(inputs):
+    def null(params, inputs):
         return {"tokens": jnp.broadcast_to(null_tokens, inputs["tokens"].shape)}
 
     return Conditioner(init, apply, null, inputs, frozen)
 
 
+@functools.cache  # of a vocabulary that is read from files, asked for by each evaluation
 def make_tokenize(kind: str, tokenizer: str, max_length: int, pad: int | None = None) -> Tokenize:
     """The tokeniser of a "text" or "clip" condition.
 

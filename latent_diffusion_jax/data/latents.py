@@ -1,25 +1,31 @@
 """The cache of posterior moments: what `encode` writes and phase 2 reads instead of images.
 
 Shards of equally many rows, a folder of plain `.npy` files each, one per entry, that are read
-through memory maps a batch at a time. A shard appears whole or not at all, so that a run that was
-killed goes on behind the last one, and several hosts write different ones. `index.json`, which is
-written last, has the checksums and the fingerprint of what they were made from.
+through memory maps a batch at a time. An example may have several variants (cut and mirrored each
+in its own way), which lie side by side: [rows, variants, ...]. A shard appears whole or not at all,
+so that a run that was killed goes on behind the last one, and several hosts write different ones.
+`index.json`, which is written last, has the checksums and the fingerprint of what they were made
+from.
 """
 
 import json
+import math
+import mmap
 import operator
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion_jax.errors import UserError, differences
 
 INDEX, PLAN, FILES = "index.json", "plan.json", "files.json"
+NULL = "null"
 
 
 def begin(directory: str | os.PathLike, plan: Mapping[str, Any], count: int, rows: int) -> Path:
@@ -66,7 +72,10 @@ def _name(number: int) -> str:
 def _is_whole(shard: Path) -> bool:
     try:
         files = json.loads((shard / FILES).read_text())
-        return all(describe_file(shard / f"{name}.npy") == about for name, about in files.items())
+        return all(
+            describe_file(shard / f"{name}.npy", about["dtype"]) == about
+            for name, about in files.items()
+        )
     except (OSError, ValueError):
         return False
 
@@ -85,14 +94,26 @@ def write_shard(
     Raises:
       ValueError: the batches do not add up to `count`.
     """
-    unfinished = partial / f".{_name(number)}"
+    _write(partial, _name(number), batches, count)
+
+
+def write_null(partial: Path, null: Mapping[str, np.ndarray]) -> None:
+    """Keeps what stands for "no condition" beside the shards: one row [1, ...] of each entry."""
+    if null:
+        _write(partial, NULL, [null], 1)
+
+
+def _write(
+    partial: Path, name: str, batches: Iterable[Mapping[str, np.ndarray]], count: int
+) -> None:
+    unfinished = partial / f".{name}"
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    shutil.rmtree(partial / _name(number), ignore_errors=True)  # damaged
+    shutil.rmtree(partial / name, ignore_errors=True)  # damaged
     unfinished.mkdir()
-    names = write_arrays(unfinished, batches, count)
-    files = {name: describe_file(unfinished / f"{name}.npy") for name in names}
+    dtypes = write_arrays(unfinished, batches, count)
+    files = {name: describe_file(unfinished / f"{name}.npy", d) for name, d in dtypes.items()}
     (unfinished / FILES).write_text(json.dumps(files))
-    unfinished.rename(partial / _name(number))
+    unfinished.rename(partial / name)
 
 
 def finish(
@@ -102,6 +123,8 @@ def finish(
     latent_scale: float,
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
+    variants: int = 1,
+    once: Collection[str] = (),
 ) -> None:
     """Makes a cache of the shards that were gathered, all of them; an older one is replaced.
 
@@ -111,6 +134,8 @@ def finish(
       latent_scale: that phase 2 multiplies z by.
       num_classes: of the labels.
       class_names: of the labels.
+      variants: of each example; where there are several, they are the second axis of every entry
+        but those that are kept `once`.
     """
     place = Path(directory)
     partial = partial_of(place)
@@ -119,10 +144,14 @@ def finish(
         json.loads((partial / _name(i) / FILES).read_text())
         for i in range(-(-plan["count"] // plan["rows"]))
     ]
+    null = partial / NULL / FILES
     index = {
         "count": plan["count"],
         "rows": plan["rows"],
+        "variants": variants,
+        "varied": [name for name in shards[0] if variants > 1 and name not in once],
         "shards": shards,
+        "null": json.loads(null.read_text()) if null.exists() else {},
         "latent_scale": float(latent_scale),
         "num_classes": num_classes,
         "class_names": list(class_names) if class_names else None,
@@ -135,8 +164,8 @@ def finish(
 
 def write_arrays(
     folder: Path, batches: Iterable[Mapping[str, np.ndarray]], count: int
-) -> list[str]:
-    """Fills one memory-mapped array of `count` rows per entry; returns the names."""
+) -> dict[str, str]:
+    """Fills one memory-mapped array of `count` rows per entry; returns their types."""
     arrays: dict[str, np.memmap] = {}
     row = 0
     for batch in batches:
@@ -157,15 +186,15 @@ def write_arrays(
         raise ValueError(f"{row} rows instead of {count}")
     for array in arrays.values():
         array.flush()
-    return list(arrays)
+    return {name: str(array.dtype) for name, array in arrays.items()}
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Shape, dtype, bytes and CRC-32 of an `.npy` file."""
+def describe_file(path: Path, dtype: str) -> dict[str, Any]:
+    """Shape, dtype, bytes and CRC-32 of an `.npy` file, which itself cannot say "bfloat16"."""
     array = np.load(path, mmap_mode="r")
     return {
         "shape": list(array.shape),
-        "dtype": str(array.dtype),
+        "dtype": dtype,
         "bytes": path.stat().st_size,
         "crc32": crc32(path),
     }
@@ -195,10 +224,11 @@ def replace_directory(new: Path, place: Path) -> None:
 class Latents:
     """Random access to a cache; `fetch` gathers a whole batch at once.
 
-    Attributes: `latent_scale`, `num_classes`, `class_names`, `fingerprint`.
+    Attributes: `latent_scale`, `num_classes`, `class_names`, `fingerprint`; `null`, what stands for
+    "no condition" in the entries that a frozen network made.
 
     Args:
-      directory: that `write_latents` made.
+      directory: that `finish` made.
       fingerprint: what the cache must have been made from; None takes any.
 
     Raises:
@@ -209,14 +239,7 @@ class Latents:
         self, *, directory: str | os.PathLike, fingerprint: Mapping[str, Any] | None = None
     ):
         self.directory = Path(directory)
-        try:
-            index = json.loads((self.directory / INDEX).read_text())
-        except FileNotFoundError:
-            raise UserError(f"no cached latents in {str(directory)!r}: run `encode`") from None
-        except ValueError as error:
-            raise UserError(f"{str(self.directory / INDEX)!r} is broken: {error}") from None
-        if "shards" not in index:
-            raise UserError(f"the latents in {str(directory)!r} are of an older form: run `encode`")
+        index = _read_index(self.directory)
         if fingerprint is not None:
             differing = differences(fingerprint, index["fingerprint"], "in the cache")
             if differing:
@@ -226,51 +249,69 @@ class Latents:
                 )
         self.size: int = index["count"]
         self.rows: int = index["rows"]
+        self.variants: int = index["variants"]
+        self.varied = frozenset(index["varied"])
         self.latent_scale: float = index["latent_scale"]
         self.num_classes: int | None = index["num_classes"]
         self.class_names = tuple(index["class_names"]) if index["class_names"] else None
         self.fingerprint: dict[str, Any] = index["fingerprint"]
-        self.shards: list[dict[str, dict]] = index["shards"]
-        self.names = tuple(self.shards[0])
-        self._arrays = [self._open(number) for number in range(len(self.shards))]
+        self.files: dict[str, dict[str, dict]] = {  # of each folder
+            **{_name(number): files for number, files in enumerate(index["shards"])},
+            NULL: index["null"],
+        }
+        arrays = [self._open(folder) for folder in self.files]
+        self.null = {name: np.array(array[0]) for name, array in arrays.pop().items()}
+        self._arrays = arrays
+        self.names = tuple(arrays[0])
 
-    def _open(self, number: int) -> dict[str, np.ndarray]:
+    def _open(self, folder: str) -> dict[str, np.memmap]:
         arrays = {}
-        for name, about in self.shards[number].items():
-            path = self._path(number, name)
+        for name, about in self.files[folder].items():
+            path = self.directory / folder / f"{name}.npy"
             size = path.stat().st_size if path.exists() else 0
             if size != about["bytes"]:
                 raise UserError(
                     f"{str(path)!r} has {size} bytes instead of {about['bytes']}: run `encode`"
                 )
-            arrays[name] = np.load(path, mmap_mode="r")
+            shape, dtype = about["shape"], jnp.dtype(about["dtype"])
+            if folder != NULL and name in self.varied:
+                shape = [shape[0] * shape[1], *shape[2:]]
+            header = size - math.prod(shape) * dtype.itemsize
+            arrays[name] = np.memmap(path, dtype, "r", header, tuple(shape))
         return arrays
-
-    def _path(self, number: int, name: str) -> Path:
-        return self.directory / _name(number) / f"{name}.npy"
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """The first variant of an example."""
         index = operator.index(index)
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} of {self.size} latents")
-        number, row = divmod(index, self.rows)
-        return {name: array[row] for name, array in self._arrays[number].items()}
+        return {name: value[0] for name, value in self.fetch(np.array([index])).items()}
 
-    def fetch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows at int [B] `indices` of every entry, copied into memory."""
+    def fetch(self, indices: np.ndarray, turns: np.ndarray | int = 0) -> dict[str, np.ndarray]:
+        """The examples at int [B] `indices`, every entry copied into memory.
+
+        `turns`, int [B], say how often each was read before. Variants take turns: they were drawn
+        at random already, and so all are used equally often.
+        """
         numbers, rows = np.divmod(indices, self.rows)
-        first = self._arrays[0]
+        varied = rows * self.variants + turns % self.variants
+        pieces = [
+            (name, array, chosen, (varied if name in self.varied else rows)[chosen])
+            for number in np.unique(numbers)
+            for chosen in [np.flatnonzero(numbers == number)]
+            for name, array in self._arrays[number].items()
+        ]
+        for _, array, _, places in pieces:  # of all, before the first is waited for
+            _read_ahead(array, places)
         out = {
             name: np.empty((len(indices), *array.shape[1:]), array.dtype)
-            for name, array in first.items()
+            for name, array in self._arrays[0].items()
         }
-        for number in np.unique(numbers):
-            chosen = numbers == number
-            for name, array in self._arrays[number].items():
-                out[name][chosen] = array[rows[chosen]]
+        for name, array, chosen, places in pieces:
+            out[name][chosen] = array[places]
         return out
 
     def verify(self) -> None:
@@ -279,10 +320,33 @@ class Latents:
         Raises:
           UserError: the first file that differs.
         """
-        for number, files in enumerate(self.shards):
+        for folder, files in self.files.items():
             for name, about in files.items():
-                path = self._path(number, name)
+                path = self.directory / folder / f"{name}.npy"
                 if crc32(path) != about["crc32"]:
                     raise UserError(
                         f"{str(path)!r} is damaged (its checksum differs): run `encode`"
                     )
+
+
+def _read_index(directory: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((directory / INDEX).read_text())
+    except FileNotFoundError:
+        raise UserError(f"no cached latents in {str(directory)!r}: run `encode`") from None
+    except ValueError as error:
+        raise UserError(f"{str(directory / INDEX)!r} is broken: {error}") from None
+    if not {"shards", "variants"} <= index.keys():
+        raise UserError(f"the latents in {str(directory)!r} are of an older form: run `encode`")
+    return index
+
+
+def _read_ahead(array: np.memmap, rows: np.ndarray) -> None:
+    """Asks for the pages of some rows: one after the other, each would be a wait for the disk."""
+    size, pages = array.strides[0], cast(mmap.mmap, array.base)
+    if size < mmap.PAGESIZE:  # many rows a page: the kernel's own guess is as good
+        return
+    for row in rows:
+        start = array.offset + int(row) * size
+        page = start // mmap.PAGESIZE * mmap.PAGESIZE
+        pages.madvise(mmap.MADV_WILLNEED, page, start + size - page)

@@ -33,6 +33,7 @@ def make_loader(
     flip: bool = False,
     prepare: Callable[[dict, np.random.Generator], dict] | None = None,
     keys: Sequence[str] = ("image", "label"),
+    variants: int = 1,
     part: range | None = None,
     shard: tuple[int, int] = (0, 1),
     threads: int = 2,
@@ -42,14 +43,14 @@ def make_loader(
 
     For training it is endless. Otherwise it is one pass in order, centre-cropped and never flipped,
     whose last batch may be short; there, several hosts get full batches only, so that they can step
-    together.
+    together. With several `variants` of each example, that pass is cropped and flipped as training.
 
     `get_state()` is a small JSON-serialisable dict; `set_state` continues exactly, also on another
     number of hosts as long as the global batch is the same.
 
     Args:
-      source: random access to dicts. One with `fetch(indices) -> dict of arrays` (cached latents)
-        is read a batch at a time and not transformed.
+      source: random access to dicts. One with `fetch(indices, turns) -> dict of arrays` (cached
+        latents) is read a batch at a time and not transformed; `turns` are the epochs, from 0.
       batch_size: the rows of this host.
       image_size: the side of the square images to make.
       seed: of the order and of the transforms, 0 to 2**32 - 1.
@@ -59,6 +60,7 @@ def make_loader(
       flip: mirror half of the images left to right, in training.
       prepare: (example, generator) -> entries to add, made after the image is cut.
       keys: the entries of an example to keep.
+      variants: how often each example is cut; above 1 they come stacked, [B, variants, ...] each.
       part: the examples of one pass, all by default; transforms are as in the whole.
       shard: (index, count) of this host.
       threads: that make batches.
@@ -82,25 +84,32 @@ def make_loader(
     if train:
         dataset = dataset.shuffle().repeat()
     if not by_batch:
-        square = choose("crop", crop, CROPS) if train else transforms.center_square
+        augment = train or variants > 1
+        square = choose("crop", crop, CROPS) if augment else transforms.center_square
 
         def make(example: dict, generator: np.random.Generator) -> dict:
-            out = cut(example, generator, square, image_size, train and flip, prepare)
-            check_keys(out, keys)
-            return {key: out[key] for key in keys}
+            made = [
+                cut(example, generator, square, image_size, augment and flip, prepare)
+                for _ in range(variants)
+            ]
+            check_keys(made[0], keys)
+            if variants == 1:
+                return {key: made[0][key] for key in keys}
+            return {key: np.stack([each[key] for each in made]) for key in keys}
 
         make(source[0], np.random.default_rng(seed))  # what is wrong is told here, not in a thread
         dataset = dataset.random_map(make)
     else:
         check_keys(source[0], keys)
+        dataset = dataset.map_with_index(lambda place, index: (index, place // len(source)))
     if part is not None:
         dataset = dataset[part.start : part.stop]
     dataset = dataset.batch(batch_size, drop_remainder=train or count > 1)
     dataset = dataset[index : len(dataset) // count * count : count]
     if by_batch:
 
-        def gather(indices: np.ndarray) -> dict:
-            out = source.fetch(indices)
+        def gather(places: tuple[np.ndarray, np.ndarray]) -> dict:
+            out = source.fetch(*places)
             return {key: out[key] for key in keys}
 
         dataset = dataset.map(gather)

@@ -32,7 +32,7 @@ def make_loss(
     *,
     denoise_network: Callable[[Params, Array, Array, Cond, Array | None], Array],
     condition: Callable[[Params, Params, Batch], Cond],
-    null: Callable[[Batch], Batch],
+    null: Callable[[Params, Params, Batch], Batch],
     keys: Sequence[str],
     latents: Callable[[Params, Batch, Array], Array],
     schedule: Schedule,
@@ -54,7 +54,7 @@ def make_loss(
       denoise_network: (params, z_t [B,h,w,c], t int32 [B], cond, key) -> output [B,h,w,c]; the key
         is for dropout, None in evaluation.
       condition: (params, frozen, inputs) -> Cond, where inputs are the batch's `keys`.
-      null: inputs -> inputs that mean "no condition".
+      null: (params, frozen, inputs) -> inputs that mean "no condition".
       keys: the entries of a batch that the condition reads.
       latents: (frozen, batch, key) -> scaled latents [B,h,w,c].
       schedule: the forward process.
@@ -93,7 +93,8 @@ def make_loss(
         t, eps = draw(t_key, eps_key, z.shape, len(schedule.alpha))
         inputs = {name: batch[name] for name in keys}
         if train and condition_dropout:
-            inputs = drop_condition(drop_key, inputs, null(inputs), condition_dropout)
+            nothing = null(params, frozen, inputs)
+            inputs = drop_condition(drop_key, inputs, nothing, condition_dropout)
         cond = condition(params, frozen, inputs)
         errors = example_errors(
             lambda z_t, t: denoise_network(

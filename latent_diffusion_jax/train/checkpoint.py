@@ -140,6 +140,21 @@ class Checkpointer:
         self.wait()
         return self._manager.latest_step()
 
+    def weights_checksums(self) -> dict[str, int]:
+        """Path of each array of the newest step's weights -> its checksum, with none of them read.
+
+        Raises:
+          UserError: it cannot be read, or there is none.
+        """
+        step = self.last_good_step
+        try:
+            if step is not None:
+                return self._read_meta(step)["checksums"]["weights"]
+            reason = "there is none"
+        except _BrokenError as error:
+            reason = str(error)
+        raise UserError(f"no usable checkpoint in {self._directory}: {reason}")
+
     def reached_preemption(self, step: int) -> bool:
         """Whether a cluster of several processes agreed to stop at this step."""
         return self._manager.reached_preemption(step)

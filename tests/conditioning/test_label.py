@@ -28,7 +28,7 @@ def test_a_label_is_one_token_of_its_own(classes):
 def test_null_is_a_row_after_the_classes(classes):
     conditioner, params = classes
     table = params["embedding"]["embedding"]
-    null = conditioner.null({"label": np.int32([0, 4])})
+    null = conditioner.null({}, {"label": np.int32([0, 4])})
     assert table.shape == (6, 8)
     assert null["label"].dtype == np.int32
     context = conditioner.apply(params, null).context

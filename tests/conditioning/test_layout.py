@@ -67,7 +67,7 @@ def test_null_is_the_empty_layout():
     conditioner = layout(num_classes=3, dim=8, depth=1)
     tokens = conditioner.inputs(64, 64)["tokens"]
     assert tokens.shape == (92,)
-    null = conditioner.null({"tokens": np.zeros((2, 92), np.int32)})["tokens"]
+    null = conditioner.null({}, {"tokens": np.zeros((2, 92), np.int32)})["tokens"]
     assert null.shape == (2, 92)
     assert null[1].tolist() == [8191] * 90 + [0, 8099]
 

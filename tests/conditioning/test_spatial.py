@@ -26,7 +26,7 @@ def test_published_rescaler():
 
 def test_no_segmentation_is_an_all_zero_map():
     conditioner = segmentation(num_classes=5, channels=3)
-    null = conditioner.null({"segmentation": jnp.ones((1, 8, 8), jnp.int32)})
+    null = conditioner.null({}, {"segmentation": jnp.ones((1, 8, 8), jnp.int32)})
     cond = conditioner.apply(conditioner.init(jax.random.key(0)), null)
     np.testing.assert_array_equal(cond.concat, np.zeros((1, 2, 2, 3)))
 
@@ -45,7 +45,7 @@ def test_lowres_is_concatenated_as_it_is():
     conditioner = lowres(factor=4)
     np.testing.assert_array_equal(conditioner.apply({}, {"lowres": image}).concat, image)
     assert conditioner.inputs(16, 24)["lowres"].shape == (4, 6, 3)
-    np.testing.assert_array_equal(conditioner.null({"lowres": image})["lowres"], 0 * image)
+    np.testing.assert_array_equal(conditioner.null({}, {"lowres": image})["lowres"], 0 * image)
 
 
 def test_ldm_inpainting_as_published():
@@ -84,4 +84,4 @@ def test_embeddings_are_the_context():
     x = np.ones((2, 4, 8), np.float32)
     conditioner = embeddings(number=4, dim=8)
     np.testing.assert_array_equal(conditioner.apply({}, {"embeddings": x}).context, x)
-    assert not conditioner.null({"embeddings": x})["embeddings"].any()
+    assert not conditioner.null({}, {"embeddings": x})["embeddings"].any()

@@ -86,7 +86,7 @@ def test_a_missing_tokeniser_says_how_to_give_one(kind, tmp_path):
 def test_null_is_the_empty_caption(conditioner, null):
     length = len(null)
     tokens = np.ones((3, length), np.int32)
-    assert np.asarray(conditioner.null({"tokens": tokens})["tokens"]).tolist() == [null] * 3
+    assert np.asarray(conditioner.null({}, {"tokens": tokens})["tokens"]).tolist() == [null] * 3
     cond = jax.eval_shape(
         lambda key: conditioner.apply(conditioner.init(key), {"tokens": tokens}), jax.random.key(0)
     )

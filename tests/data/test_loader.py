@@ -27,7 +27,7 @@ class Numbered:
 class Fetched(Numbered):
     """A source that is read a batch at a time."""
 
-    def fetch(self, indices: np.ndarray) -> dict:
+    def fetch(self, indices: np.ndarray, turns: np.ndarray | int = 0) -> dict:
         assert isinstance(indices, np.ndarray)
         return {"moments": indices.astype(np.float32), "label": indices.astype(np.int32)}
 

@@ -26,7 +26,7 @@ CLASSES = 10
 LABELS = Conditioner(
     init=lambda key: {"table": jax.random.normal(key, [CLASSES + 1])},
     apply=lambda params, inputs: Cond(embedding=params["table"][inputs["label"]][:, None]),
-    null=lambda inputs: {"label": jnp.full_like(inputs["label"], CLASSES)},
+    null=lambda params, inputs: {"label": jnp.full_like(inputs["label"], CLASSES)},
     inputs=lambda height, width: {"label": jax.ShapeDtypeStruct((), jnp.int32)},
 )
 
@@ -41,7 +41,7 @@ def conditioning(conditioner):
         condition=lambda params, frozen, inputs: conditioner.apply(
             params.get("conditioning"), inputs
         ),
-        null=conditioner.null,
+        null=lambda params, frozen, inputs: conditioner.null({}, inputs),
         keys=conditioner.keys,
     )
 
@@ -263,7 +263,7 @@ def test_rate_1_is_the_null_condition():
     params = {"unet": {"scale": jnp.array(0.3)}, "conditioning": LABELS.init(jax.random.key(0))}
     batch, key = batch_of(64), jax.random.key(2)
     dropped, _ = loss_for(LABELS, condition_dropout=1.0)(params, 1.0, batch, key, True)
-    null_batch = batch | LABELS.null({"label": batch["label"]})
+    null_batch = batch | LABELS.null({}, {"label": batch["label"]})
     expected, _ = loss_for(LABELS)(params, 1.0, null_batch, key, False)
     assert dropped == expected
 
