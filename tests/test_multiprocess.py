@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from latent_diffusion_jax import encode, pipeline
+from latent_diffusion_jax import pipeline
 from latent_diffusion_jax.data.latents import Latents
 from latent_diffusion_jax.train.metrics import read_jsonl
 from latent_diffusion_jax.train.sharding import make_mesh
@@ -40,8 +40,11 @@ def free_port():
     raise AssertionError("no free ports")
 
 
-def start_all(processes, *arguments, devices=1, own=None):
-    """Starts the processes of one run; `own` has arguments of some of them."""
+def start_all(processes, *arguments, devices=1, own=None, program=()):
+    """Starts the processes of one run; `own` has arguments of some of them.
+
+    `program` is Python that runs the command line, instead of the package.
+    """
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -50,7 +53,8 @@ def start_all(processes, *arguments, devices=1, own=None):
         "JAX_NUM_PROCESSES": str(processes),
         "PYTHONUNBUFFERED": "1",
     }
-    command = [sys.executable, "-m", "latent_diffusion_jax", *map(str, arguments)]
+    python = [sys.executable, *(program or ("-m", "latent_diffusion_jax"))]
+    command = [*python, *map(str, arguments)]
     return [
         subprocess.Popen(
             [*command, *(own or {}).get(i, [])],
@@ -126,20 +130,58 @@ def test_hosts_do_not_matter(phase, devices, first_stage, tmp_path):
     assert (together / "curves.png").exists()
 
 
-def test_encode_by_two_and_in_shards(first_stage, tmp_path, monkeypatch):
-    command = ["encode", DIFFUSION, *OPTIONS, *SMALL_UNET]
+SMALL_SHARDS = """
+import os, signal, sys
+from latent_diffusion_jax import __main__, encode
+
+write = encode.latents.write_shard
+def write_or_die(partial, number, *rest):
+    if number == int(os.environ.get("DIES_AT", -1)):
+        write(partial, number, dying(rest[0]), *rest[1:])
+    write(partial, number, *rest)
+def dying(batches):
+    yield next(iter(batches))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+encode.SHARD = 9
+encode.latents.write_shard = write_or_die
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+def test_encode_by_two_of_which_one_dies(first_stage, tmp_path, monkeypatch):
+    """Killed in the middle of its second shard, then again: the files of a run without that.
+
+    One process writes the same up to rounding.
+    """
+    command = ["encode", DIFFUSION, *OPTIONS, *SMALL_UNET, "--config.latents.variants=3"]
     command += [f"--config.run.first_stage={first_stage}", "--config.latents.scale=0.5"]
-    two, shards = tmp_path / "two", tmp_path / "shards"
-    said_by(start_all(2, *command, f"--workdir={two}"), [0, 0])
-    monkeypatch.setattr(encode, "SHARD", 12)
-    do(*command, f"--workdir={shards}")
-    caches = [Latents(directory=place / "latents" / "train") for place in (two, shards)]
-    assert [len(cache.shards) for cache in caches] == [1, 3]
-    for cache in caches:
-        cache.verify()
-    ours, theirs = (cache.fetch(np.arange(32)) for cache in caches)
-    np.testing.assert_array_equal(ours["label"], theirs["label"])
-    np.testing.assert_allclose(ours["moments"], theirs["moments"], atol=1e-5)
+    command += ["--config.data.flip=True", "--config.data.source.size=20"]
+    program = ("-c", SMALL_SHARDS)  # of three examples: seven in training
+    killed, straight, alone = (tmp_path / name for name in ("killed", "straight", "alone"))
+    monkeypatch.setenv("DIES_AT", "3")
+    said_by(start_all(2, *command, f"--workdir={killed}", program=program), [1, -signal.SIGKILL])
+    shards = killed / "latents" / ".train.partial"
+    there = {path.name: path.stat().st_mtime_ns for path in shards.glob("0*")}
+    assert "00001" in there
+    assert "00003" not in there
+    monkeypatch.delenv("DIES_AT")
+    for workdir in (killed, straight):
+        said_by(start_all(2, *command, f"--workdir={workdir}", program=program), [0, 0])
+    trees = [
+        {path.relative_to(place): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        for place in (killed / "latents", straight / "latents")
+    ]
+    assert len(trees[0]) > 3 * 7
+    assert trees[0] == trees[1]
+    for name, time_ns in there.items():
+        assert (killed / "latents" / "train" / name).stat().st_mtime_ns == time_ns
+    do(*command, f"--workdir={alone}")
+    caches = [Latents(directory=place / "latents" / "train") for place in (killed, alone)]
+    for variant in range(3):
+        ours, theirs = (cache.fetch(np.arange(20), variant) for cache in caches)
+        np.testing.assert_array_equal(ours["label"], theirs["label"])
+        np.testing.assert_allclose(ours["moments"], theirs["moments"], atol=1e-5)
 
 
 def read_until(process, pattern):

@@ -23,6 +23,7 @@ COLOURS = {
 }
 CLASS_NAMES = tuple(f"{colour} {kind}" for kind in KINDS for colour in COLOURS)
 MAX_SHAPES = 3
+VALIDATION = 2_000  # examples at most: more would be encoded, and seen by nobody
 
 SPLITS = {"train": 0, "validation": 1}
 SIDES = {"square": 4, "triangle": 3}
@@ -95,7 +96,7 @@ class Shapes:
     Args:
       split: "train" or "validation".
       image_size: the side in pixels, 32 to 256; the scene does not depend on it.
-      size: the number of examples of this split.
+      size: the number of examples; of the validation split VALIDATION at most.
       seed: of all of them, 0 to 2**64 - 1.
       shapes: the least and the most shapes of one image, 1 to 3.
       held_out: the share of all captions that never occur in training; where it is above 0, no
@@ -130,7 +131,8 @@ class Shapes:
             raise UserError(f"shapes {tuple(shapes)} must be (min, max) within 1 to {MAX_SHAPES}")
         if not 0 <= held_out < 1:
             raise UserError(f"shapes held_out {held_out} must be from 0 to below 1")
-        self.split, self.image_size, self.size, self.seed = split, image_size, size, seed
+        self.split, self.image_size, self.seed = split, image_size, seed
+        self.size = size if split == "train" else min(size, VALIDATION)
         self.held_out = held_out
         self.fewest, self.most = fewest, most
 

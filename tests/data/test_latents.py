@@ -1,8 +1,12 @@
+import itertools
 import json
+import mmap
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_diffusion_jax.data import latents
 from latent_diffusion_jax.data.latents import (
     Latents,
     begin,
@@ -10,6 +14,7 @@ from latent_diffusion_jax.data.latents import (
     partial_of,
     shard_rows,
     unfinished,
+    write_null,
     write_shard,
 )
 from latent_diffusion_jax.data.loader import make_loader
@@ -50,20 +55,20 @@ def cache(tmp_path):
 
 
 def test_round_trip(cache):
-    latents = Latents(directory=cache, fingerprint=FINGERPRINT)
-    latents.verify()
-    assert (len(latents), latents.latent_scale, latents.num_classes) == (10, 0.5, 10)
-    assert latents.class_names is None
-    np.testing.assert_array_equal(latents[9]["moments"], MOMENTS[9])
+    there = Latents(directory=cache, fingerprint=FINGERPRINT)
+    there.verify()
+    assert (len(there), there.latent_scale, there.num_classes) == (10, 0.5, 10)
+    assert there.class_names is None
+    np.testing.assert_array_equal(there[9]["moments"], MOMENTS[9])
     indices = np.array([7, 0, 9, 7, 4])
-    fetched = latents.fetch(indices)
+    fetched = there.fetch(indices)
     np.testing.assert_array_equal(fetched["moments"], MOMENTS[indices])
     np.testing.assert_array_equal(fetched["label"], indices)
     assert type(fetched["moments"]) is np.ndarray
     assert fetched["moments"].dtype == np.float32
     for index in (-1, 10):
         with pytest.raises(IndexError):
-            latents[index]
+            there[index]
 
 
 def test_names_of_classes_are_carried(tmp_path):
@@ -113,9 +118,9 @@ def test_what_was_killed_goes_on_behind_the_last_whole_shard(tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     assert gather(place) == [2]
     finish(place, fingerprint=FINGERPRINT, latent_scale=1.0)
-    latents = Latents(directory=place)
-    latents.verify()
-    np.testing.assert_array_equal(latents.fetch(np.arange(10))["moments"], MOMENTS)
+    there = Latents(directory=place)
+    there.verify()
+    np.testing.assert_array_equal(there.fetch(np.arange(10))["moments"], MOMENTS)
     assert [path.name for path in tmp_path.iterdir()] == ["latents"]
 
 
@@ -181,6 +186,85 @@ def test_index_is_readable(cache):
         "00002",
         "index.json",
     ]
+
+
+@pytest.fixture
+def varied(tmp_path):
+    """Three variants of seven examples, which say what they are, and a text of each example."""
+    examples, variants = np.arange(7)[:, None], np.arange(3)
+    moments = (10 * examples + variants).astype(np.float32)[..., None, None, None]
+    text = np.asarray(examples[..., None] / 4, jnp.bfloat16)
+    partial = begin(tmp_path, FINGERPRINT, 7, 2)
+    for number in unfinished(partial, 7, 2):
+        rows = np.asarray(shard_rows(number, 7, 2))
+        write_shard(partial, number, [{"moments": moments[rows], "text": text[rows]}], len(rows))
+    write_null(partial, {"text": np.full((1, 1, 1), -1.5, jnp.bfloat16)})
+    finish(tmp_path, fingerprint={}, latent_scale=1.0, variants=3, once=("text",))
+    return Latents(directory=tmp_path)
+
+
+def test_variants_lie_together_and_what_is_the_same_is_kept_once(varied):
+    varied.verify()
+    assert (len(varied), len(varied.files)) == (7, 5)
+    assert varied.files["00000"]["moments"]["shape"] == [2, 3, 1, 1, 1]
+    assert varied.files["00000"]["text"]["dtype"] == "bfloat16"
+    out = varied.fetch(np.array([6, 0, 3, 0]), np.array([0, 1, 5, 6]))
+    assert out["moments"].ravel().tolist() == [60, 1, 32, 0]
+    assert out["text"].dtype == jnp.bfloat16
+    assert out["text"].ravel().tolist() == [1.5, 0, 0.75, 0]
+    assert varied[3]["moments"].item() == 30
+    assert varied.null["text"].tolist() == [[-1.5]]
+    text = varied.directory / "null" / "text.npy"
+    text.write_bytes(text.read_bytes()[:-1] + b"!")
+    with pytest.raises(UserError, match=r"null/text.npy' is damaged"):
+        varied.verify()
+
+
+def test_each_epoch_has_one_variant_and_all_get_used(varied):
+
+    def loader(**more):
+        return make_loader(varied, image_size=8, seed=0, train=True, keys=("moments",), **more)
+
+    def rows(loader, count=6):
+        return np.stack([batch["moments"].ravel() for batch in itertools.islice(loader, count)])
+
+    alone = rows(loader(batch_size=14)).reshape(12, 7)  # an epoch each
+    for epoch in alone:
+        assert sorted(epoch // 10) == list(range(7))
+    for three in alone.reshape(4, 21):
+        assert len(set(three)) == 21
+    hosts = [rows(loader(batch_size=7, shard=(host, 2))) for host in range(2)]
+    np.testing.assert_array_equal(np.concatenate(hosts, axis=1).reshape(12, 7), alone)
+    stopped, resumed = loader(batch_size=14), loader(batch_size=14)
+    rows(stopped, 2)
+    resumed.set_state(json.loads(json.dumps(stopped.get_state())))
+    np.testing.assert_array_equal(rows(resumed, 4).ravel(), alone[4:].ravel())
+
+
+def test_a_batch_reads_its_own_pages_alone(tmp_path, monkeypatch):
+    """Those that are asked for ahead cover every row, and no more than a page around it."""
+    moments = np.arange(6 * 3000, dtype=np.float32).reshape(6, 3000, 1, 1)
+    partial = begin(tmp_path, FINGERPRINT, 6, 4)
+    for number in range(2):
+        rows = shard_rows(number, 6, 4)
+        batch = {"moments": moments[rows.start : rows.stop]}
+        write_shard(partial, number, [batch], len(rows))
+    finish(tmp_path, fingerprint={}, latent_scale=1.0)
+    asked = []
+
+    class Pages:
+        def madvise(self, advice, start, length):
+            asked.append((advice, start, length))
+
+    monkeypatch.setattr(latents, "cast", lambda kind, value: Pages())
+    out = Latents(directory=tmp_path).fetch(np.array([5, 2]))
+    np.testing.assert_array_equal(out["moments"], moments[[5, 2]])
+    ends = [(128 + row * 12_000, 128 + (row + 1) * 12_000) for row in (2, 1)]
+    for (first, last), (advice, start, length) in zip(ends, asked, strict=True):
+        assert advice == mmap.MADV_WILLNEED
+        assert start % mmap.PAGESIZE == 0
+        assert first - mmap.PAGESIZE < start <= first
+        assert start + length == last
 
 
 def test_a_cache_of_an_older_form_is_made_again(cache):

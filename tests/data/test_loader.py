@@ -146,6 +146,23 @@ def test_evaluation_is_one_pass_in_order_without_augmentation():
     np.testing.assert_array_equal(np.rint((starts + 1) * 127.5), expected)
 
 
+def test_variants_are_cut_each_in_its_own_way():
+    """The condition is of the same cut; more of them, or a part of the examples: the same again."""
+
+    def prepare(example, generator):
+        return {"corner": example["image"][0, 0, 0]}
+
+    options = {"train": False, "crop": "random", "flip": True, "batch_size": 10}
+    options |= {"prepare": prepare, "keys": ("image", "label", "corner")}
+    (six,) = loader(variants=6, **options)
+    assert six["image"].shape == (10, 6, 8, 8, 3)
+    np.testing.assert_array_equal(six["label"], np.arange(10)[:, None].repeat(6, axis=1))
+    np.testing.assert_array_equal(six["corner"], six["image"][:, :, 0, 0, 0])
+    assert len(np.unique(six["image"][2], axis=0)) > 2
+    (three,) = loader(variants=3, part=range(4, 7), **options)
+    np.testing.assert_array_equal(three["image"], six["image"][4:7, :3])
+
+
 def test_evaluation_gives_hosts_equally_many():
     options = {"batch_size": 2, "train": False}
     shards = [list(loader(Numbered(11), shard=(host, 2), **options)) for host in range(2)]

@@ -20,6 +20,11 @@ def test_an_example_depends_on_seed_and_index_alone():
     assert not np.array_equal(source(seed=1)[0]["image"], first[0]["image"])
 
 
+def test_validation_is_large_enough_and_no_larger():
+    sizes = [(len(source(size=n)), len(source(size=n, split="validation"))) for n in (9, 10**6)]
+    assert sizes == [(9, 9), (10**6, 2000)]
+
+
 def test_train_and_validation_never_meet():
     train, validation = source(), source(split="validation")
     seen = {train[i]["image"].tobytes() for i in range(1000)}
