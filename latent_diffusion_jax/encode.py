@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build
 from latent_diffusion_jax.cluster import everywhere
-from latent_diffusion_jax.data import latents
+from latent_diffusion_jax.data import shards
 from latent_diffusion_jax.data.latents import Latents
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.phases import (
@@ -92,16 +92,16 @@ def _encode_split(
 ) -> None:
     """Writes the cache of a split, of which shards may be there already."""
     if jax.process_index() == 0:
-        latents.begin(place, made_from, len(source), _shard(made_from["variants"]))
+        shards.begin(place, made_from, len(source), _shard(made_from["variants"]))
     everywhere(True)
-    partial = latents.partial_of(Path(place))
+    partial = shards.partial_of(Path(place))
     _encode_shards(config, source, partial, frozen, mesh, made_from)
     once = _encoded_keys(config)
     null = _encoded_null(config, frozen, mesh) if once else {}
     everywhere(True)
     if jax.process_index() == 0:
-        latents.write_null(partial, null)
-        latents.finish(
+        shards.write_null(partial, null)
+        shards.finish(
             place,
             fingerprint=made_from,
             latent_scale=scale,
@@ -194,8 +194,8 @@ def _encode_shards(
     examples = max(rows // variants, 1)
     run = _make_encoder(config, frozen, mesh, examples, -(-examples * variants // rows) * rows)
     parts = {
-        number: latents.shard_rows(number, count, _shard(variants))
-        for number in latents.unfinished(partial, count, _shard(variants))
+        number: shards.shard_rows(number, count, _shard(variants))
+        for number in shards.unfinished(partial, count, _shard(variants))
     }
     everywhere(True)  # all have looked, before one of them writes
     shares = [list(parts)[i::processes] for i in range(processes)]
@@ -216,7 +216,7 @@ def _encode_shards(
                 progress.line(done, "encoded")
 
     for number in shares[index]:
-        latents.write_shard(partial, number, encoded(parts[number]), len(parts[number]))
+        shards.write_shard(partial, number, encoded(parts[number]), len(parts[number]))
     side = config.data.image_size
     blank = {"image": np.zeros((examples, side, side, 3), np.float32)}
     blank |= {n: np.zeros(s.shape, s.dtype) for n, s in build.inputs(config, examples).items()}

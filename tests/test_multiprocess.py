@@ -134,7 +134,7 @@ SMALL_SHARDS = """
 import os, signal, sys
 from latent_diffusion_jax import __main__, encode
 
-write = encode.latents.write_shard
+write = encode.shards.write_shard
 def write_or_die(partial, number, *rest):
     if number == int(os.environ.get("DIES_AT", -1)):
         write(partial, number, dying(rest[0]), *rest[1:])
@@ -144,7 +144,7 @@ def dying(batches):
     os.kill(os.getpid(), signal.SIGKILL)
 
 encode.SHARD = 9
-encode.latents.write_shard = write_or_die
+encode.shards.write_shard = write_or_die
 sys.exit(__main__.main(sys.argv[1:]))
 """
 

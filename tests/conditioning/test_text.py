@@ -3,9 +3,13 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_diffusion_jax.conditioning.cond import together
+from latent_diffusion_jax.conditioning.label import label
+from latent_diffusion_jax.conditioning.spatial import lowres
 from latent_diffusion_jax.conditioning.text import clip, make_tokenize, text
 from latent_diffusion_jax.errors import UserError
 
@@ -92,3 +96,39 @@ def test_null_is_the_empty_caption(conditioner, null):
     )
     assert cond.context.shape == (3, length, 8)
     assert conditioner.frozen == (null[0] == 49406)
+
+
+def test_what_a_frozen_encoder_makes_stands_for_its_captions():
+    """Beside another condition, with the null condition; in the type that it computes in."""
+    sizes = dict(vocab_size=9, dim=8, depth=1, num_heads=2, activation="gelu", max_length=4)
+    both = together({"text": clip(dtype=jnp.bfloat16, **sizes), "image": lowres()})
+    random = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: random.normal(0, 0.3, x.shape).astype(np.float32),
+        jax.eval_shape(both.init, jax.random.key(0)),
+    )
+    image = random.normal(size=(2, 4, 4, 3)).astype(np.float32)
+    inputs = {"tokens": np.int32([[1, 2, 3, 4], [5, 6, 7, 8]]), "lowres": image}
+    made = both.encode(params, inputs)
+    assert {name: value.dtype for name, value in made.items()} == {"context": jnp.bfloat16}
+    nothing = both.encode(params, both.null(params, inputs))["context"][0]
+    stored, kept = {"null": {"context": nothing}}, {"lowres": image, **made}
+    assert set(both.encoded.keys) == {"lowres", "context"}
+    shapes = jax.eval_shape(both.encoded.init, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, stored)
+    for theirs, ours in (
+        (both.apply(params, inputs), both.encoded.apply(stored, kept)),
+        (
+            both.apply(params, both.null(params, inputs)),
+            both.encoded.apply(stored, both.encoded.null(stored, kept)),
+        ),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert clip(**sizes).encoded
+    assert not text(vocab_size=9, max_length=4, dim=8, depth=1).encoded
+
+
+def test_a_frozen_network_rules_out_training_another():
+    sizes = dict(dim=8, depth=1, num_heads=2, activation="gelu")
+    with pytest.raises(UserError, match="conditioning.class is to be trained, which a frozen one"):
+        together({"text": clip(**sizes), "class": label(num_classes=3, dim=8)})

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from latent_diffusion_jax.data import latents
-from latent_diffusion_jax.data.latents import (
-    Latents,
+from latent_diffusion_jax.data.latents import Latents
+from latent_diffusion_jax.data.loader import make_loader
+from latent_diffusion_jax.data.shards import (
     begin,
     finish,
     partial_of,
@@ -17,7 +18,6 @@ from latent_diffusion_jax.data.latents import (
     write_null,
     write_shard,
 )
-from latent_diffusion_jax.data.loader import make_loader
 from latent_diffusion_jax.errors import UserError
 
 MOMENTS = np.random.default_rng(0).standard_normal((10, 2, 2, 6)).astype(np.float32)
