@@ -96,8 +96,8 @@ def plan(config: ConfigDict, step: Step, mesh: AnyMesh) -> dict[str, Any]:
     that are read; `backward`, gradients and activations at their peak. `collectives_per_step`:
     bytes of arrays that are `gathered` (whole) and `reduced` (what goes into sums), and `sent`:
     those that leave a device if rings do it, (n - 1) / n of an array for a gather over n devices or
-    a scattered sum, twice that for a whole sum. `bytes_moved_per_device`: to and from memory, at
-    least.
+    a scattered sum, twice that for a whole sum. `bytes_moved_per_device`: to and from memory,
+    all of it written and read once in a pass.
 
     Raises:
       UserError: the batch does not divide.
@@ -126,8 +126,8 @@ def roofline(facts: dict[str, Any], flops: float, chip: Chip, dtype: str) -> dic
     """Seconds that a chip's peaks allow for a step of `plan`, what bounds it, and whether it fits.
 
     `flops` are those of one device, whose networks compute in `dtype`. Work, memory and links are
-    taken to overlap perfectly: no step is faster. `memory` is the share of the chip's that is used;
-    above 0.9 is "tight".
+    taken to overlap perfectly. `memory` is the share of the chip's that is used; above 0.9 is
+    "tight".
     """
     seconds = {
         "compute": flops / chip.peak(dtype),
