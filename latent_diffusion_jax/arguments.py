@@ -19,7 +19,8 @@ Run the same command again to resume. Ctrl-C and SIGTERM save first.""",
 example:
   python -m latent_diffusion_jax encode --config=configs/diffusion/shapes.py --workdir=runs/ldm \\
       --config.run.first_stage=runs/ae
-Then train with --config.latents.source=cache.""",
+Then train with --config.latents.source=cache. --config.latents.variants=4 keeps four cuts of each
+image, as data.crop and data.flip say. Run the same command again to go on after a kill.""",
     "sample": """\
 examples:
   python -m latent_diffusion_jax sample --workdir=runs/ldm --number=64 --scale=2
