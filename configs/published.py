@@ -28,7 +28,7 @@ def autoencoder(kind, channel_mult, z_channels, **changes):
         mid_attention=True,
         dropout=0.0,
         num_groups=32,
-        remat=False,
+        remat="none",
     )
     return {**section, **changes}
 
@@ -43,7 +43,7 @@ def unet(model_channels, channel_mult, attention_resolutions, **changes):
         transformer_depth=0,
         dropout=0.0,
         num_groups=32,
-        remat=False,
+        remat="none",
     )
     return {**section, **changes}
 

@@ -27,12 +27,15 @@ def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
 
 
 def differences(here: Mapping, there: Mapping, place: str) -> list[str]:
-    """`optim.lr: 0.001 here, 0.0001 in runs/ldm` for each dotted key whose values differ."""
+    """`optim.lr: 0.001 here, 0.0001 in runs/ldm` for each dotted key whose values differ.
+
+    A network's `remat` may differ: it changes memory, not numbers.
+    """
     ours, theirs = _flatten(here), _flatten(there)
     return [
         f"{key}: {_show(ours, key)} here, {_show(theirs, key)} {place}"
         for key in sorted(ours.keys() | theirs.keys())
-        if _show(ours, key) != _show(theirs, key)
+        if _show(ours, key) != _show(theirs, key) and not key.endswith(".remat")
     ]
 
 

@@ -190,12 +190,12 @@ def test_unet_dropout_acts_in_training_alone():
 
 def test_remat_changes_no_gradient():
     gradients = []
-    for remat in (False, True):
+    for remat in ("none", "dots"):
         loss, params = diffusion_loss(True, unet__dropout=0.5, unet__remat=remat)
         gradients.append(jax.tree.leaves(jax.jit(loss)(params)[1]))
     for plain, recomputed in zip(*gradients, strict=True):
         scale = np.abs(plain).max()
-        np.testing.assert_allclose(recomputed, plain, rtol=1e-4, atol=1e-5 * scale + 1e-6)
+        np.testing.assert_allclose(recomputed, plain, rtol=1e-5, atol=1e-6 * scale + 1e-7)
 
 
 def test_parameters_by_network():

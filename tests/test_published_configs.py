@@ -134,7 +134,7 @@ def networks(config):
     """Shapes of each network's parameters."""
     config = config.copy_and_resolve_references()
     if "unet" in config:
-        config.unet.remat = False  # takes longer to trace, and changes no weight
+        config.unet.remat = "none"  # takes longer to trace, and changes no weight
     key = jax.eval_shape(lambda: jax.random.key(0))
     stage = build.first_stage(config)
     first_stage = once(lambda: jax.eval_shape(stage.init, key), plain(config.first_stage))

@@ -21,7 +21,7 @@ def get_config(arg=""):
         first_stage=kl_f16.NETWORK,
         conditioning=dict(kind="embeddings", number=20, dim=768),
         unet=published.unet(
-            448, (1, 2, 3, 4), (1, 2, 4), num_head_channels=32, transformer_depth=1, remat=True
+            448, (1, 2, 3, 4), (1, 2, 4), num_head_channels=32, transformer_depth=1, remat="full"
         ),
         diffusion=sections.diffusion(schedule=sections.linear(0.0015, 0.015)),
         latents=sections.latents(scale=0.22765929),

@@ -15,7 +15,7 @@ from configs import published, sections
 from configs.first_stage import kl_f8
 
 CONDITIONING = published.clip(dim=768, depth=12, num_heads=12, activation="quick_gelu")
-UNET = published.unet(320, (1, 2, 4, 4), (1, 2, 4), num_heads=8, transformer_depth=1, remat=True)
+UNET = published.unet(320, (1, 2, 4, 4), (1, 2, 4), num_heads=8, transformer_depth=1, remat="full")
 
 
 def get_config(arg=""):

@@ -21,7 +21,7 @@ UNET = published.unet(
     num_head_channels=64,
     transformer_depth=1,
     linear_projections=True,
-    remat=True,
+    remat="full",
 )
 
 

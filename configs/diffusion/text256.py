@@ -20,7 +20,7 @@ def get_config(arg=""):
         first_stage=kl_f8.NETWORK,
         conditioning=published.text(dim=1280, depth=32),
         unet=published.unet(
-            320, (1, 2, 4, 4), (1, 2, 4), num_heads=8, transformer_depth=1, remat=True
+            320, (1, 2, 4, 4), (1, 2, 4), num_heads=8, transformer_depth=1, remat="full"
         ),
         diffusion=sections.diffusion(schedule=sections.linear(0.00085, 0.012)),
         latents=sections.latents(scale=0.18215),

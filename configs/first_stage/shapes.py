@@ -19,7 +19,7 @@ NETWORK = dict(
     mid_attention=True,
     dropout=0.0,
     num_groups=2,  # of 8 channels: groups of two leave little more than signs
-    remat=False,
+    remat="none",
 )
 KL = dict(kind="kl", **NETWORK)
 VQ = dict(kind="vq", codebook_size=512, **NETWORK)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from latent_diffusion_jax.first_stage.quantize import VectorQuantizer
 from latent_diffusion_jax.nn.attention import attend
 from latent_diffusion_jax.nn.layers import conv, dense, group_norm, upsample_nearest
+from latent_diffusion_jax.nn.remat import policies, rematerialise
 
 
 class ResnetBlock(nn.Module):
@@ -92,29 +93,40 @@ class _Coder(nn.Module):
     mid_attention: bool
     dropout: float
     num_groups: int
-    remat: bool
+    remat: str
     dtype: Any
 
-    def block(self, name, features):
-        """A residual block, recomputed in the backward pass where the config says so."""
-        block = nn.remat(ResnetBlock, static_argnums=(2,)) if self.remat else ResnetBlock
+    def policy(self, level):
+        """What is computed again in the backward pass, at a level."""
+        return policies(self.remat, len(self.channel_mult))[2**level]
+
+    def block(self, name, features, level):
+        """A residual block."""
+        block = rematerialise(ResnetBlock, self.policy(level), static_argnums=(2,))
         return block(features, self.dropout, self.num_groups, self.dtype, name=name)
 
-    def attention(self, name):
+    def attention(self, name, level):
         """A non-local attention block."""
-        return NonLocalAttention(self.num_groups, self.dtype, name=name)
+        attention = rematerialise(NonLocalAttention, self.policy(level))
+        return attention(self.num_groups, self.dtype, name=name)
 
     def middle(self, x, train):
         """The blocks at the lowest resolution."""
-        x = self.block("mid.block_1", x.shape[-1])(x, train)
+        level = len(self.channel_mult) - 1
+        x = self.block("mid.block_1", x.shape[-1], level)(x, train)
         if self.mid_attention:
-            x = self.attention("mid.attn_1")(x)
-        return self.block("mid.block_2", x.shape[-1])(x, train)
+            x = self.attention("mid.attn_1", level)(x)
+        return self.block("mid.block_2", x.shape[-1], level)(x, train)
 
-    def out(self, x):
+    def out(self, x, level):
         """The last norm and its activation."""
-        norm = group_norm("norm_out", num_groups=self.num_groups, epsilon=1e-6, dtype=self.dtype)
-        return nn.silu(norm(x))
+
+        def apply(self, x):
+            groups = self.num_groups
+            norm = group_norm("norm_out", num_groups=groups, epsilon=1e-6, dtype=self.dtype)
+            return nn.silu(norm(x))
+
+        return rematerialise(apply, self.policy(level))(self, x)
 
     def last(self, x):
         """The last convolution; float32."""
@@ -130,12 +142,12 @@ class Encoder(_Coder):
         x = conv(self.channels, "conv_in", dtype=self.dtype)(x)
         for level, mult in enumerate(self.channel_mult):
             for i in range(self.num_res_blocks):
-                x = self.block(f"down.{level}.block.{i}", mult * self.channels)(x, train)
+                x = self.block(f"down.{level}.block.{i}", mult * self.channels, level)(x, train)
                 if level in self.attention_levels:
-                    x = self.attention(f"down.{level}.attn.{i}")(x)
+                    x = self.attention(f"down.{level}.attn.{i}", level)(x)
             if level < len(self.channel_mult) - 1:
                 x = Downsample(self.dtype, name=f"down.{level}.downsample")(x)
-        return self.last(self.out(self.middle(x, train)))
+        return self.last(self.out(self.middle(x, train), level))
 
 
 class Decoder(_Coder):
@@ -148,12 +160,13 @@ class Decoder(_Coder):
         x = self.middle(x, train)
         for level, mult in reversed(list(enumerate(self.channel_mult))):
             for i in range(self.num_res_blocks + 1):
-                x = self.block(f"up.{level}.block.{i}", mult * self.channels)(x, train)
+                x = self.block(f"up.{level}.block.{i}", mult * self.channels, level)(x, train)
                 if level in self.attention_levels:
-                    x = self.attention(f"up.{level}.attn.{i}")(x)
+                    x = self.attention(f"up.{level}.attn.{i}", level)(x)
             if level > 0:
-                x = Upsample(self.dtype, name=f"up.{level}.upsample")(x)
-        x = self.out(x)
+                upsample = rematerialise(Upsample, self.policy(level - 1))
+                x = upsample(self.dtype, name=f"up.{level}.upsample")(x)
+        x = self.out(x, level)
         return self.last(x) if last else x
 
 
@@ -167,6 +180,8 @@ class Autoencoder(nn.Module):
       codebook_size: entries of the VQ codebook; None for the KL model.
       attention_levels: levels (0 = full resolution) with attention after each block.
       mid_attention: whether there is attention at the lowest resolution.
+      remat: what is computed again in the backward pass: a policy of `nn.remat` for all, or pairs
+        "1:full,2:dots" of a downsampling factor and a policy.
     """
 
     channels: int
@@ -180,7 +195,7 @@ class Autoencoder(nn.Module):
     image_channels: int = 3
     dropout: float = 0.0
     num_groups: int = 32
-    remat: bool = False
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     def setup(self):  # noqa: D102

@@ -25,6 +25,7 @@ from latent_diffusion_jax.nn.layers import (
     timestep_embedding,
     zeros,
 )
+from latent_diffusion_jax.nn.remat import policies, rematerialise
 
 
 class UNet(nn.Module):
@@ -43,7 +44,8 @@ class UNet(nn.Module):
       resblock_updown: resolution changes inside residual blocks, not by convolutions.
       linear_projections: checkpoints hold a spatial transformer's projections as linear layers, as
         Stable Diffusion 2's, not as 1x1 convolutions; the same numbers.
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      remat: which blocks compute their activations again in the backward pass: a policy of
+        `nn.remat` for all, or pairs "1:full,2:dots" of a downsampling factor and a policy.
       dtype: compute dtype; parameters and the result are float32.
     """
 
@@ -60,7 +62,7 @@ class UNet(nn.Module):
     linear_projections: bool = False
     dropout: float = 0.0
     num_groups: int = 32
-    remat: bool = False
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -73,49 +75,56 @@ class UNet(nn.Module):
         embedding = self._time_embedding(t, cond)
         x = z_t if cond.concat is None else jnp.concatenate([z_t, cond.concat], axis=-1)
 
-        def res(x, name, features, resample=None):
-            return self._res_block(name, features, resample)(x, embedding, train)
-
-        def attention(x, name):
-            return self._attention(x, name, cond.context)
-
         levels = len(self.channel_mult)
+        remat = policies(self.remat, levels)
+
+        def res(x, name, features, factor, resample=None):
+            block = self._res_block(name, features, remat[factor], resample)
+            return block(x, embedding, train)
+
+        def attention(x, name, factor):
+            return self._attention(x, name, cond.context, remat[factor])
+
         x = conv(self.model_channels, "input_blocks.0.0", dtype=self.dtype)(x)
         skips = [x]
         for level, mult in enumerate(self.channel_mult):
+            factor = 2**level
             for _ in range(self.num_res_blocks):
                 name = f"input_blocks.{len(skips)}"
-                x = res(x, f"{name}.0", mult * self.model_channels)
-                if 2**level in self.attention_resolutions:
-                    x = attention(x, f"{name}.1")
+                x = res(x, f"{name}.0", mult * self.model_channels, factor)
+                if factor in self.attention_resolutions:
+                    x = attention(x, f"{name}.1", factor)
                 skips.append(x)
             if level < levels - 1:
                 name = f"input_blocks.{len(skips)}.0"
                 if self.resblock_updown:
-                    x = res(x, name, x.shape[-1], "down")
+                    x = res(x, name, x.shape[-1], factor, "down")
                 else:
                     x = Downsample(self.dtype, name=name)(x)
                 skips.append(x)
 
-        x = res(x, "middle_block.0", x.shape[-1])
-        x = attention(x, "middle_block.1")
-        x = res(x, "middle_block.2", x.shape[-1])
+        x = res(x, "middle_block.0", x.shape[-1], factor)
+        x = attention(x, "middle_block.1", factor)
+        x = res(x, "middle_block.2", x.shape[-1], factor)
 
         block = 0
         for level, mult in reversed(list(enumerate(self.channel_mult))):
+            factor = 2**level
             for i in range(self.num_res_blocks + 1):
                 name = f"output_blocks.{block}"
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
-                x = res(x, f"{name}.0", mult * self.model_channels)
+                x = res(x, f"{name}.0", mult * self.model_channels, factor)
                 position = 1
-                if 2**level in self.attention_resolutions:
-                    x = attention(x, f"{name}.1")
+                if factor in self.attention_resolutions:
+                    x = attention(x, f"{name}.1", factor)
                     position = 2
                 if level > 0 and i == self.num_res_blocks:
+                    name = f"{name}.{position}"
                     if self.resblock_updown:
-                        x = res(x, f"{name}.{position}", x.shape[-1], "up")
+                        x = res(x, name, x.shape[-1], factor // 2, "up")
                     else:
-                        x = Upsample(self.dtype, name=f"{name}.{position}")(x)
+                        upsample = rematerialise(Upsample, remat[factor // 2])
+                        x = upsample(self.dtype, name=name)(x)
                 block += 1
 
         norm = group_norm("out.0", num_groups=self.num_groups, epsilon=1e-5, dtype=self.dtype)
@@ -130,9 +139,8 @@ class UNet(nn.Module):
         e = dense(width, "time_embed.2", dtype=self.dtype)(nn.silu(e))
         return e if cond.embedding is None else e + cond.embedding
 
-    def _res_block(self, name, features, resample):
-        block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
-        return block(
+    def _res_block(self, name, features, policy, resample):
+        return rematerialise(ResBlock, policy, static_argnums=(3,))(
             features,
             scale_shift=self.use_scale_shift_norm,
             resample=resample,
@@ -142,7 +150,7 @@ class UNet(nn.Module):
             name=name,
         )
 
-    def _attention(self, x, name, context):
+    def _attention(self, x, name, context, policy):
         channels = x.shape[-1]
         if (self.num_heads is None) == (self.num_head_channels is None):
             raise UserError("set exactly one of unet.num_heads and unet.num_head_channels")
@@ -152,9 +160,9 @@ class UNet(nn.Module):
             raise UserError(f"{channels} channels do not divide by unet.{which} = {divisor}")
         heads = self.num_heads or channels // divisor
         if self.transformer_depth == 0:
-            block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+            block = rematerialise(AttentionBlock, policy)
             return block(heads, self.num_groups, self.dtype, name=name)(x)
-        transformer = nn.remat(SpatialTransformer) if self.remat else SpatialTransformer
+        transformer = rematerialise(SpatialTransformer, policy)
         return transformer(
             heads, channels // heads, self.transformer_depth, self.num_groups, self.dtype, name=name
         )(x, context)
