@@ -16,7 +16,8 @@ def make(arg, variants, **sections):
 
     A variant is dotted key -> value, or a function from the config so far to that.
     """
-    config = ConfigDict(dict(seed=0, dtype="float32", mesh=dict(data=-1, fsdp=1), **sections))
+    mesh = dict(data=-1, fsdp=1, slices=0)
+    config = ConfigDict(dict(seed=0, dtype="float32", mesh=mesh, **sections))
     for word in filter(None, arg.split(",")):
         changes = choose("config argument", word, variants)
         with config.unlocked():

@@ -6,11 +6,12 @@ Models know nothing of it.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from latent_diffusion_jax.errors import UserError
@@ -21,29 +22,76 @@ AXES = ("data", "fsdp")
 AXIS_TYPES = (AxisType.Auto,) * 2  # Linen's convolutions fail on the Explicit ones of the default
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
+def make_mesh(*, data: int = -1, fsdp: int = 1, slices: int = 0) -> Mesh:
     """Makes the mesh; `data=-1` takes the devices that `fsdp` leaves.
 
+    `slices` are what a slower network joins: of a TPU, or nodes of GPUs. `data` goes across them,
+    `fsdp` stays inside one. 0: those that the devices tell of; N: as many, in order; 1: no matter.
+
     Raises:
-      UserError: the devices do not divide into these axes.
+      UserError: the devices do not divide into these axes, or fsdp would go across slices.
     """
-    sizes = _axes(jax.device_count(), data, fsdp)
-    return jax.make_mesh(sizes, AXES, axis_types=AXIS_TYPES)
+    data, fsdp = _axes(jax.device_count(), data, fsdp)
+    return Mesh(arrange(jax.devices()[: data * fsdp], fsdp, slices), AXES, axis_types=AXIS_TYPES)
 
 
-def plan_mesh(devices: int, *, data: int = -1, fsdp: int = 1) -> AbstractMesh:
+def plan_mesh(devices: int, *, data: int = -1, fsdp: int = 1, slices: int = 0) -> AbstractMesh:
     """The same of devices that need not be there, to lay shapes out on.
 
     Raises:
-      UserError: the devices do not divide into these axes.
+      UserError: as `make_mesh`.
     """
-    return AbstractMesh(_axes(devices, data, fsdp), AXES, axis_types=AXIS_TYPES)
+    data, fsdp = _axes(devices, data, fsdp)
+    _group(range(data * fsdp), fsdp, slices, lambda device: 0)
+    return AbstractMesh((data, fsdp), AXES, axis_types=AXIS_TYPES)
 
 
 def _axes(count: int, data: int, fsdp: int) -> tuple[int, int]:
     if fsdp < 1 or count % fsdp or (data != -1 and (data < 1 or count % (data * fsdp))):
         raise UserError(f"{count} devices do not divide into a mesh of data={data} x fsdp={fsdp}")
     return count // fsdp if data == -1 else data, fsdp
+
+
+def arrange(devices: Sequence[Any], fsdp: int, slices: int = 0) -> np.ndarray:
+    """Devices as [data, fsdp]: slice by slice, in the order given; inside one by its topology.
+
+    That order is the processes', so that each slice has the rows of a batch that its own read.
+
+    Raises:
+      UserError: they do not divide into `slices`, or a slice does not into groups of `fsdp`.
+    """
+
+    def inside(group: list[Any]) -> np.ndarray:
+        shape = len(group) // fsdp, fsdp
+        if len({_slice_index(device) for device in group}) > 1:  # have no one topology
+            return np.asarray(group).reshape(shape)
+        return create_device_mesh(shape, group, allow_split_physical_axes=True)
+
+    groups = _group(devices, fsdp, slices, _slice_index)
+    return np.concatenate([inside(group) for group in groups])
+
+
+def _group(
+    devices: Sequence[Any], fsdp: int, slices: int, slice_of: Callable[[Any], int]
+) -> list[list[Any]]:
+    if slices < 0 or (slices and len(devices) % slices):
+        raise UserError(f"{len(devices)} devices do not divide into mesh.slices={slices}")
+    groups: dict[int, list[Any]] = {}
+    for i, device in enumerate(devices):
+        index = i * slices // len(devices) if slices else slice_of(device)
+        groups.setdefault(index, []).append(device)
+    for group in groups.values():
+        if len(group) % fsdp:
+            raise UserError(
+                f"mesh.fsdp={fsdp} would go across slices, of which one has {len(group)} of the"
+                f" {len(devices)} devices (--config.mesh.slices=1 is to have it so)"
+            )
+    return list(groups.values())
+
+
+def _slice_index(device: Any) -> int:
+    # CPUs may tell of processes as slices: they are for trying things out
+    return 0 if device.platform == "cpu" else getattr(device, "slice_index", 0)
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
@@ -117,6 +165,17 @@ def gather(mesh: Mesh, tree: Any) -> Any:
     kernels, which compiles for minutes.
     """
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def gather_late(mesh: Mesh, tree: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+    """Inside a loop: (the tree gathered, x), once `x` is there and not before the loop.
+
+    What a loop does not change XLA works out once before it and keeps: the whole tree. What depends
+    on x stays inside, where each array is gathered when it is read and freed thereafter.
+    """
+    if mesh.shape["fsdp"] > 1:
+        tree, x = jax.lax.optimization_barrier((tree, x))
+    return gather(mesh, tree), x
 
 
 def split(mesh: Mesh, tree: Any) -> Any:
