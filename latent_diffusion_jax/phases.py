@@ -33,11 +33,7 @@ from latent_diffusion_jax.train.checkpoint import Checkpointer, write_config, wr
 from latent_diffusion_jax.train.checksum import checksums
 from latent_diffusion_jax.train.metrics import Values, average
 from latent_diffusion_jax.train.objective import Objective
-from latent_diffusion_jax.train.sharding import (
-    put_batch,
-    put_tree,
-    replicated,
-)
+from latent_diffusion_jax.train.sharding import gather, put_batch, put_tree, replicated
 from latent_diffusion_jax.train.state import TrainState, sampling_params
 
 SCALE_BATCHES = 32
@@ -297,7 +293,7 @@ def latent_scale(config: ConfigDict, workdir: str, params: Any, mesh: Mesh) -> f
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def sums(params, image, key):
-        z = stage.sample(stage.encode(params, image), key)
+        z = stage.sample(stage.encode(gather(mesh, params), image), key)
         return jnp.mean(z), jnp.mean(z**2)
 
     batches = itertools.islice(shuffled(config, build.source(config, "train")), SCALE_BATCHES)

@@ -21,7 +21,7 @@ from latent_diffusion_jax.first_stage.stage import FirstStage
 from latent_diffusion_jax.first_stage.tiling import tiled_evenly
 from latent_diffusion_jax.nn.windows import windowed_network
 from latent_diffusion_jax.pipeline import Trained
-from latent_diffusion_jax.train.sharding import gather, put_rows, replicated
+from latent_diffusion_jax.train.sharding import gather, gather_late, put_rows, replicated
 
 THRESHOLD_FLOOR = 3.0  # of scaled latents, whose deviation is 1: data is hardly ever beyond
 EDIT = 2**31  # apart from the numbers of steps
@@ -84,11 +84,11 @@ def make_generate(
     method = make_sampler(sampler, schedule, **options)
     times = make_timesteps(timesteps, steps, schedule)
     shape = build.latent_shape(config, size)
-    denoiser = make_denoiser(config, scale != 1, extras, cached)
+    denoiser = make_denoiser(config, mesh, scale != 1, extras, cached)
 
     def latent(params, frozen, inputs, key, indices, scales):
-        params, frozen = gather(mesh, (params, frozen))
         denoise = denoiser(params, frozen, inputs, scales)
+        frozen = gather(mesh, frozen)
         keys = image_keys(key, jnp.zeros_like(indices) if "between" in inputs else indices)
         z, chosen, ending = image_noise(keys, -1, shape), method, times
         if "between" in inputs:
@@ -133,15 +133,21 @@ def make_generate(
 
 
 def make_denoiser(
-    config: ConfigDict, guided: bool, extras: Extras, cached: bool = False
+    config: ConfigDict, mesh: Mesh, guided: bool, extras: Extras, cached: bool = False
 ) -> Callable[..., Denoise]:
     """Builds denoiser(params, frozen, inputs, (scale, guide_scale)) -> Denoise.
 
-    Conditions, guidance, windows and thresholds are inside it.
+    Conditions, guidance, windows and thresholds are inside it. Weights that lie split over the mesh
+    are gathered anew in each call of the network, so that no device ever holds all of them.
     """
     schedule, stage = build.schedule(config), build.first_stage(config)
-    conditioner, network = build.conditioner(config, cached), build.denoise_network(config)
+    conditioner, whole = build.conditioner(config, cached), build.denoise_network(config)
     condition, null = build.condition(config, cached), build.null(config, cached)
+
+    def network(params, z_t, t, cond):
+        params, z_t = gather_late(mesh, params, z_t)
+        return whole(params, z_t, t, cond)
+
     guided = guided and bool(conditioner.keys)
     if extras.window is not None:
         side = _latent_side("window", extras.window, stage)
@@ -151,7 +157,7 @@ def make_denoiser(
         scale, guide_scale = scales
 
         def of(inputs):
-            cond = condition(params, frozen, inputs)
+            cond = condition(gather(mesh, params), gather(mesh, frozen), inputs)
             return make_denoise(
                 lambda z_t, t: network(params["unet"], z_t, t, cond),
                 schedule,
@@ -170,7 +176,8 @@ def make_denoiser(
             wanted = inputs["guide"]
 
             def log_likelihood(z):  # of the image's pixels, seen at the guide's size
-                image = stage.decode(frozen["first_stage"], z / frozen["latent_scale"])
+                weights, z = gather_late(mesh, frozen["first_stage"], z)
+                image = stage.decode(weights, z / frozen["latent_scale"])
                 seen = jax.image.resize(image, wanted.shape, "cubic")
                 return -jnp.sum((seen - wanted) ** 2, axis=(1, 2, 3)) / 2
 

@@ -12,6 +12,7 @@ from PIL import Image
 from latent_diffusion_jax import build, pipeline, sampling
 from latent_diffusion_jax.config import load_config
 from latent_diffusion_jax.errors import UserError
+from latent_diffusion_jax.train import sharding
 from latent_diffusion_jax.train.sharding import make_mesh
 from tests.cli import ROOT
 
@@ -138,6 +139,20 @@ def test_windows_cut_what_is_concatenated_too():
     other = images_of("superres", {"lowres": -low}, size=(64, 96), window=64)
     assert out.shape == (2, 64, 96, 3)
     assert np.abs(out - other).mean() > 1e-3
+
+
+def test_weights_that_lie_split_give_the_images_of_one_device(monkeypatch):
+    monkeypatch.setattr(sharding.state_shardings, "__defaults__", (64,))
+    model = trained("unconditional")
+    options = {**model.config.sample, "steps": 2, "extras": sampling.Extras(window=32)}
+
+    def images(mesh):
+        generate = sampling.make_generate(model.config, mesh, **options)
+        weights = sharding.put_tree(mesh, (model.params, model.frozen))
+        return np.asarray(generate(*weights, {}, jax.random.key(0), np.arange(8)))
+
+    split = images(make_mesh(data=2, fsdp=4))
+    np.testing.assert_allclose(split, images(make_mesh(data=1)), atol=1e-5)
 
 
 def test_an_interval_of_no_step_is_no_guidance():

@@ -233,9 +233,9 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
     assert json.loads((tmp_path / "new" / "config.json").read_text()) == CONFIG
 
 
-def test_section_run_may_change(tmp_path):
-    longer = {**CONFIG, "run": {"steps": 20, "keep": 1}}
-    write_config(str(tmp_path), json.dumps(CONFIG))
+def test_section_run_and_recomputation_may_change(tmp_path):
+    longer = {**CONFIG, "run": {"steps": 20, "keep": 1}, "unet": {"remat": "1:full"}}
+    write_config(str(tmp_path), json.dumps({**CONFIG, "unet": {"remat": "none"}}))
     write_config(str(tmp_path), json.dumps(longer))
     assert json.loads((tmp_path / "config.json").read_text()) == longer
 
