@@ -138,7 +138,7 @@ def _plan_lines(facts: dict[str, Any]) -> list[str]:
         "collectives, MB per step",
         *(_megabytes(*item) for item in plan["collectives_per_step"].items()),
     ]
-    if whole["bytes"]:
+    if whole["bytes"] and facts["devices"] > 1:
         better = "".join(f"; mesh.fsdp={n} splits all" for n in whole["better_fsdp"])
         lines.append(f"note: fsdp leaves {whole['bytes'] / 1e6:,.1f} MB of optimizer whole{better}")
     if "compiled" in facts:

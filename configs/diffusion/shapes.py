@@ -44,6 +44,7 @@ def get_config(arg=""):
             num_heads=4,
             transformer_depth=1,
             num_groups=32,
+            remat="none",
         ),
         diffusion=sections.diffusion(),
         latents=sections.latents("cache"),
