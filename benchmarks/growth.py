@@ -48,7 +48,7 @@ def measure(spec: str, row: dict, repeats: int) -> dict:
 
     from latent_diffusion_jax import build, phases
     from latent_diffusion_jax.config import load_config
-    from latent_diffusion_jax.describe import bytes_per_device, count
+    from latent_diffusion_jax.describe import count
     from latent_diffusion_jax.train import sharding
 
     changes = {"train.batch_size": row["batch"], "unet.model_channels": row["width"]}
@@ -64,11 +64,7 @@ def measure(spec: str, row: dict, repeats: int) -> dict:
     stage = jax.jit(build.first_stage(config).init)(key)
     frozen = sharding.put_tree(mesh, {"first_stage": stage, "latent_scale": np.float32(1)})
 
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    out = (shardings, sharding.replicated(mesh))
-    lowered = jax.jit(objective.train_step, donate_argnums=0, out_shardings=out).lower(
-        state, frozen, batch, key
-    )
+    lowered = sharding.lower_step(objective.train_step, state, frozen, batch, key, mesh)
     began = time.perf_counter()
     step = lowered.compile()
     compiled = time.perf_counter() - began
@@ -89,7 +85,9 @@ def measure(spec: str, row: dict, repeats: int) -> dict:
         "compile": compiled,
         "step": took,
         "images": row["batch"] / took,
-        "state": sum(bytes_per_device(x, mesh) for x in (state.params, state.opt_state, state.ema))
+        "state": sum(
+            sharding.bytes_per_device(x, mesh) for x in (state.params, state.opt_state, state.ema)
+        )
         / 1e6,
         "temporary": step.memory_analysis().temp_size_in_bytes / 1e6,
         "host": host / images * 1e3,
@@ -114,7 +112,9 @@ def main() -> None:
         environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
         command = [sys.executable, "-m", "benchmarks.growth", f"--row={json.dumps(row)}"]
         command += [f"--config={args.config}", f"--repeats={args.repeats}"]
-        said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        said = subprocess.run(
+            command, env=environment, check=True, stdout=subprocess.PIPE, text=True
+        )
         found = json.loads(said.stdout.splitlines()[-1])
         cells = [f"{found[c]:.3g}" if isinstance(found[c], float) else found[c] for c in COLUMNS]
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
