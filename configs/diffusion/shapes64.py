@@ -39,8 +39,11 @@ def get_config(arg=""):
         {
             "text": {
                 **tasks.TASKS["text"],
+                **steps(12_000),
                 "data.source.shapes": (1, 2),
                 "data.source.held_out": 0.2,
+                "diffusion.weighting": "min_snr",
+                "train.batch_size": 16,
             },
             "layout": {
                 **tasks.TASKS["layout"],
