@@ -123,8 +123,9 @@ class UNet(nn.Module):
                     if self.resblock_updown:
                         x = res(x, name, x.shape[-1], factor // 2, "up")
                     else:
-                        upsample = rematerialise(Upsample, remat[factor // 2])
-                        x = upsample(self.dtype, name=name)(x)
+                        # kept whatever the policy: to compute it again, XLA splits its gradient
+                        # over fsdp and gathers the activations of the whole batch for it
+                        x = Upsample(self.dtype, name=name)(x)
                 block += 1
 
         norm = group_norm("out.0", num_groups=self.num_groups, epsilon=1e-5, dtype=self.dtype)
