@@ -104,7 +104,8 @@ def test_nothing_but_weights_is_gathered_to_compute_activations_again(monkeypatc
     config = load_config("configs/diffusion/shapes.py:tiny", overrides)
     planned = plan(config, step_shapes(config), sharding.plan_mesh(8, fsdp=4))
     compiled = measure(config, sharding.make_mesh(fsdp=4))
-    check_collectives(planned, compiled)
+    gathered = [each["collectives_per_step"]["gathered"] for each in (planned, compiled)]
+    assert abs(gathered[0] / gathered[1] - 1) < 0.02
 
 
 def check(planned, compiled):
