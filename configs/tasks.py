@@ -7,15 +7,19 @@
 from configs import sections
 
 TRANSFORMER = dict(dim=128, depth=2, num_heads=4, head_dim=32)
+# what is trained along is averaged along: samples read both
+AVERAGED = {"train.ema_networks": ("unet", "conditioning")}
 CONCAT = {"unet.transformer_depth": 0, "diffusion.condition_dropout": 0.0, "sample.scale": 1.0}
 
 TASKS = {
     "unconditional": {**CONCAT, "conditioning": dict(kind="none")},
     "text": {
         "data.tokenizer": "basic",  # the vocabulary that ships
+        **AVERAGED,
         "conditioning": dict(kind="text", vocab_size=636, max_length=24, **TRANSFORMER),
     },
     "layout": {
+        **AVERAGED,
         "conditioning": dict(
             kind="layout", vocab_size=1024, max_objects=8, num_classes=12, **TRANSFORMER
         ),

@@ -89,8 +89,11 @@ def _set_up_jax() -> None:
     # Orbax warns of what was asked for, and shows pages of an error that we say in a line.
     absl.logging.set_verbosity(absl.logging.FATAL)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(home / "latent_diffusion_jax"))
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", f"{home}/latent_diffusion_jax")
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        # by default what compiles within a second is not kept: at every start dozens of these
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def _config(args, required: bool = False):
@@ -108,11 +111,10 @@ def _config(args, required: bool = False):
 
 def _mesh(config):
     from latent_diffusion_jax import build
-    from latent_diffusion_jax.plan import check_batch
     from latent_diffusion_jax.train.sharding import make_mesh
 
     mesh = build.unpack("mesh", make_mesh, config.mesh)
-    check_batch(config, mesh.size)
+    build.check_batch(config, mesh.size)
     if config.run.steps < 1:
         raise UserError(f"run.steps {config.run.steps} must be at least 1")
     return mesh
@@ -280,6 +282,9 @@ def sample(args) -> None:
 
 def evaluate(args) -> None:
     """Prints measures, and writes them with the protocol, beside a picture."""
+    if args.images is not None:
+        _compare(args)
+        return
     import jax
 
     from latent_diffusion_jax.evaluate.tasks import evaluate, write_picture
@@ -309,6 +314,36 @@ def evaluate(args) -> None:
     print(f"{len(images)} validation examples, {out}, {picture}")
 
 
+def _compare(args) -> None:
+    """Measures a set of images that is there already."""
+    from latent_diffusion_jax.convert.inception import load_inception
+    from latent_diffusion_jax.evaluate.compare import compare
+    from latent_diffusion_jax.train.sharding import make_mesh
+
+    if args.workdir or args.origin:
+        raise UserError("give one of --images (of any model) and --workdir or --from")
+    if args.channel is not None:
+        raise UserError("--images are measured by one process, on all of its devices")
+    if args.inception is None or not (args.reference or args.save_statistics):
+        raise UserError(
+            "--images takes --inception=FILE, and --reference=PATH or --save_statistics=FILE"
+        )
+    out = Path(args.out or f"{args.images.rstrip('/')}.evaluation.json")
+    found = compare(
+        args.images,
+        args.reference,
+        inception=load_inception(args.inception),
+        preparation=args.preparation,
+        out=out,
+        batch=args.batch,
+        mesh=make_mesh(),
+        save=args.save_statistics,
+    )
+    for name, value in found["measures"].items():
+        print(f"{name:20} {value:.6g}")
+    print(f"{found['protocol']['number']} images, {out}")
+
+
 def _sampling(args, config) -> dict[str, Any]:
     """Section `sample` of the config with what the command line changes."""
     options = dict(config.sample)
@@ -335,6 +370,24 @@ def reconstruct(args) -> None:
     print(f"{out}: PSNR {quality['psnr']:.2f} dB{ssim}, L1 {quality['l1']:.4f} (images in [-1, 1])")
 
 
+def export(args) -> None:
+    """Writes a folder that samples without this package."""
+    from latent_diffusion_jax import sampling
+    from latent_diffusion_jax.export import export
+
+    trained, _ = _trained(args, "diffusion")
+    extras = {n: getattr(args, n) for n in ("interval", "threshold", "window")}
+    export(
+        trained,
+        Path(args.to),
+        platforms=args.platforms.split(","),
+        size=args.size,
+        extras=sampling.Extras(**extras),
+        **_sampling(args, trained.config),
+    )
+    print(f"{args.to}: `python {Path(args.to) / 'sample.py'} --help`, with jax alone")
+
+
 def describe(args) -> None:
     """Prints a table, or JSON."""
     from latent_diffusion_jax.describe import arrays, describe, table
@@ -353,6 +406,16 @@ def describe(args) -> None:
     print(json.dumps(facts, indent=2) if args.json else table(facts))
 
 
+def bench(args) -> None:
+    """Prints a table in Markdown, row by row, and writes JSON."""
+    from latent_diffusion_jax.bench import report, turns
+
+    own = None if args.config is None else (Path(args.config).stem, _config(args))
+    sizes = args.size or ([] if own else ["S"])
+    rows = turns.rows(sizes, args.what or (), args.batch, args.dtype, own)
+    report.report(rows, args.turns, turns.check_peers(args.peers), args.json)
+
+
 def _fake_devices(number: int | None) -> None:
     import jax
 
@@ -364,7 +427,10 @@ def _fake_devices(number: int | None) -> None:
 
 VERBS = {
     verb.__name__: verb
-    for verb in (train, encode, sample, evaluate, reconstruct, convert, describe)
+    for verb in (
+        *(train, encode, sample, evaluate, reconstruct),
+        *(convert, export, describe, bench),
+    )
 }
 
 

@@ -40,20 +40,37 @@ examples:
 examples:
   python -m latent_diffusion_jax evaluate --workdir=runs/shapes64/text --number=200
   python -m latent_diffusion_jax evaluate --workdir=runs/sr --sampler=dpmpp_2m --steps=20
+  python -m latent_diffusion_jax evaluate --images=runs/x/samples --reference=photos/ \\
+      --inception=pt_inception-2015-12-05-6726825d.pth
 On the data `shapes` samples are read back from their pixels; super-resolution and inpainting are
-measured on any images.""",
+measured on any images. Sets of images of any model are compared by FID and its kin.""",
     "convert": """\
 examples:
   python -m latent_diffusion_jax convert --from=model.ckpt --workdir=runs/cin256
   python -m latent_diffusion_jax convert --workdir=runs/cin256 --to=model.safetensors
   python -m latent_diffusion_jax convert --workdir=runs/cin256 --to=folder_for_diffusers/
 A checkpoint's config is recognised from its keys. Its workdir samples and trains.""",
+    "export": """\
+examples:
+  python -m latent_diffusion_jax export --workdir=runs/ldm --to=red_circles --scale=2
+  python -m latent_diffusion_jax export --from=model.ckpt --to=sd --steps=25 --platforms=cuda
+  python red_circles/sample.py --number=4 --seed=0 --inputs label=0,5
+The folder holds a program (StableHLO, for any batch), its weights, sampler.json, which says what it
+takes, and sample.py, which needs jax, flatbuffers, safetensors and pillow but nothing of this
+package.""",
     "describe": """\
 examples:
   python -m latent_diffusion_jax describe --config=configs/diffusion/shapes.py
   python -m latent_diffusion_jax describe --config=configs/diffusion/shapes.py:tiny --json
   python -m latent_diffusion_jax describe --config=configs/diffusion/imagenet256.py \\
       --config.mesh.fsdp=64 --config.train.batch_size=1280 --devices=256 --kind=v5e""",
+    "bench": """\
+examples:
+  python -m latent_diffusion_jax bench
+  python -m latent_diffusion_jax bench --size=S,imagenet256 --what=forward,train_cached --peers
+  python -m latent_diffusion_jax bench --config=configs/diffusion/shapes.py --batch=1,16,64 \\
+      --dtype=float32,bfloat16 --json=shapes.json
+Weights and inputs are random: nothing is needed but the package. Without a --config, size S.""",
 }
 
 
@@ -91,8 +108,15 @@ def _interval(text: str) -> tuple[float, float]:
     return low, high
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 interval = checked(_interval, lambda ends: ends[0] < ends[1], "LOW,HIGH, such as 100,800")
 share = checked(float, lambda x: 0 < x <= 1, "a number above 0, up to 1")
+
+names = checked(lambda text: text.split(","), all, "a list such as A,B")
+numbers = checked(_numbers, lambda found: min(found) >= 1, "a list such as 1,16, from 1 on")
 
 
 def make_parser(run: Mapping[str, Callable[..., int | None]]) -> argparse.ArgumentParser:
@@ -115,15 +139,15 @@ def make_parser(run: Mapping[str, Callable[..., int | None]]) -> argparse.Argume
         )
         p.set_defaults(run=run[name])
         # shown in the help; parsed by `split_config`
-        optional = "" if name in ("encode", "describe") else " (default: the workdir's)"
+        optional = "" if name in ("encode", "describe", "bench") else " (default: the workdir's)"
         p.add_argument(
             "--config", metavar="FILE[:ARG]", help=f"config file and its argument{optional}"
         )
         p.add_argument(
             "--config.KEY", metavar="VALUE", help="override a key, such as --config.optim.lr=1e-4"
         )
-        if name != "describe":
-            loads = name in ("sample", "evaluate", "reconstruct")
+        if name not in ("describe", "bench"):
+            loads = name in ("sample", "evaluate", "reconstruct", "export")
             p.add_argument(
                 "--workdir",
                 required=not loads,
@@ -133,7 +157,7 @@ def make_parser(run: Mapping[str, Callable[..., int | None]]) -> argparse.Argume
             )
             if loads:
                 add_from(p, "a checkpoint file or a diffusers folder, instead of a workdir")
-        if name not in ("describe", "convert"):
+        if name not in ("describe", "convert", "bench", "export"):
             add_processes(p)
         return p
 
@@ -173,6 +197,10 @@ def make_parser(run: Mapping[str, Callable[..., int | None]]) -> argparse.Argume
         about("--scale", type=finite, metavar="X", help="guidance; 1 is none")
         return about
 
+    def add_extras(about):
+        about("--interval", type=interval, metavar="LO,HI", help="guidance at those t alone")
+        about("--threshold", type=share, metavar="X", help="dynamic thresholding, such as 0.995")
+
     verb("train", "Train the phase that the config says, or resume it.")
     verb("encode", "Cache the latents of a data set and measure their scale.")
 
@@ -185,9 +213,7 @@ def make_parser(run: Mapping[str, Callable[..., int | None]]) -> argparse.Argume
     about("--image", metavar="FILE", help="to upscale, to fill or to change, or a folder of them")
     about("--mask", metavar="FILE", help="white where --image is to be filled")
     about("--embeddings", metavar="FILE", help=".npy, for retrieval-conditioned models")
-    about = add_sampling(p)
-    about("--interval", type=interval, metavar="LO,HI", help="guidance at those t alone")
-    about("--threshold", type=share, metavar="X", help="dynamic thresholding, such as 0.995")
+    add_extras(add_sampling(p))
     about = p.add_argument_group("any model").add_argument
     about("--strength", type=share, metavar="X", help="of the change of --image (0.75; masks: 1)")
     about("--guide", metavar="FILE", help="an image that samples are to look like, also smaller")
@@ -214,11 +240,29 @@ def make_parser(run: Mapping[str, Callable[..., int | None]]) -> argparse.Argume
     p.add_argument("--batch", type=positive, default=32, metavar="N", help="at once (%(default)s)")
     p.add_argument("--seed", type=seed, default=0, metavar="N", help="(%(default)s)")
     p.add_argument("--out", type=named, metavar="FILE", help="(WORKDIR/evaluation.json)")
+    about = p.add_argument_group("images that are there (folder or .npz batch)").add_argument
+    about("--images", type=named, metavar="PATH", help="instead of a model")
+    about("--reference", type=named, metavar="PATH", help="or .npz statistics (mu, sigma)")
+    about("--inception", type=named, metavar="FILE", help="FID's weights")
+    about("--preparation", default="torch-fidelity", metavar="NAME", help="or pytorch-fid")
+    about("--save_statistics", type=named, metavar="FILE", help="of --images, as a reference")
 
     p = verb("convert", "Bring a published checkpoint in, or write one.")
     add_from(p, "a checkpoint file or a diffusers folder to bring in")
     p.add_argument("--to", type=named, metavar="PATH", help=".safetensors, .ckpt or a new folder")
     p.add_argument("--dtype", metavar="NAME", help="of --to, such as float16 (the original's)")
+
+    p = verb("export", "Write a sampler that runs without this package.")
+    add_extras(add_sampling(p))
+    p.add_argument("--size", type=size, metavar="HxW", help="of the images (as in training)")
+    p.add_argument("--window", type=positive, metavar="N", help="denoise in windows of N pixels")
+    p.add_argument("--to", type=named, required=True, metavar="DIR", help="a new folder")
+    p.add_argument(
+        "--platforms",
+        default="cpu,cuda,tpu",
+        metavar="P,P",
+        help="that it is to run on (%(default)s)",
+    )
 
     p = verb("describe", "Say what would be built, without building it.")
     p.add_argument("--json", action="store_true", help="for programs")
@@ -227,6 +271,24 @@ def make_parser(run: Mapping[str, Callable[..., int | None]]) -> argparse.Argume
     about("--devices", type=positive, metavar="N", help="plan a training step for so many")
     about("--kind", metavar="NAME", help="and say how fast: v4, v5e, v5p, v6e, a100, h100, h200")
     about("--compile", action="store_true", help="and compile it for as many CPUs (minutes)")
+
+    p = verb("bench", "Measure speed and memory on this machine.")
+    about = p.add_argument_group("what (lists: A,B; each combination is a row)").add_argument
+    about("--size", type=names, metavar="NAMES", help="S, imagenet256, text256, sd1")
+    about("--what", type=names, metavar="NAMES", help="forward, train_cached, sample ... (all)")
+    about("--batch", type=numbers, metavar="N,N", help="images at once (16; sample: 4)")
+    about("--dtype", type=names, default=["float32"], metavar="NAMES", help="(float32)")
+    about("--turns", type=positive, default=5, metavar="N", help="of each (%(default)s)")
+    about(
+        "--peers",
+        type=names,
+        nargs="?",
+        default=[],
+        const=["eager", "compile"],
+        metavar="NAMES",
+        help="the same in PyTorch: eager, compile, eager_nhwc, compile_nhwc (the first two)",
+    )
+    about("--json", type=named, metavar="FILE", help="where all that was found goes")
     return top
 
 

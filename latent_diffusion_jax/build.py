@@ -4,6 +4,7 @@ Nothing here reads a workdir or allocates a parameter. A section of the config i
 into the constructor it names, so that a key which nobody takes is an error.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from latent_diffusion_jax.conditioning.label import label
 from latent_diffusion_jax.conditioning.layout import layout
 from latent_diffusion_jax.conditioning.spatial import embeddings, inpainting, lowres, segmentation
 from latent_diffusion_jax.conditioning.text import clip, text
+from latent_diffusion_jax.config import read_config
 from latent_diffusion_jax.data.sources import SOURCES, make_source
 from latent_diffusion_jax.diffusion import objective as diffusion_objective
 from latent_diffusion_jax.diffusion.schedule import SCHEDULES, Schedule, make_betas, make_schedule
@@ -96,6 +98,24 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping | ConfigDict):
         return {k: _plain(v) for k, v in value.items()}
     return tuple(_plain(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps the shapes that a function gives for a config: tracing a network takes seconds."""
+    signature = inspect.signature(function)
+
+    @functools.lru_cache(maxsize=8)
+    def of_text(text: str, *options: Any) -> Any:
+        return function(read_config(text), *options)
+
+    @functools.wraps(function)
+    def call(config: ConfigDict, *options: Any, **named: Any) -> Any:
+        given = signature.bind(config, *options, **named)
+        given.apply_defaults()
+        kept = of_text(config.to_json(sort_keys=True), *given.args[1:])
+        return jax.tree.map(lambda x: x, kept)  # in dicts that may be changed
+
+    return call
 
 
 def source(config: ConfigDict, split: str):
@@ -297,6 +317,13 @@ def init_params(config: ConfigDict) -> Callable[[jax.Array], dict]:
     return init
 
 
+@_once
+def param_shapes(config: ConfigDict) -> dict[str, Any]:
+    """Shapes of the parameters that the config's phase trains, by network."""
+    return jax.eval_shape(init_params(config), jax.random.key(0))
+
+
+@_once
 def frozen_shapes(
     config: ConfigDict, training: bool = False, cached: bool = False
 ) -> dict[str, Any]:
@@ -318,6 +345,7 @@ def frozen_shapes(
     return frozen
 
 
+@_once
 def cond_shapes(config: ConfigDict) -> Cond:
     """Shapes of the UNet's ports for one training image."""
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -399,7 +427,7 @@ def objective(config: ConfigDict, mesh: Mesh | None = None) -> Objective:
     """What the config's phase optimises; `mesh` is the one that its state will be split over."""
     choose("phase", config.phase, dict.fromkeys(PHASES))
     tx, lr_at = _optimizer(config.optim, "optim")
-    optimizers = dict.fromkeys(jax.eval_shape(init_params(config), jax.random.key(0)), tx)
+    optimizers = dict.fromkeys(param_shapes(config), tx)
     if "discriminator" in optimizers:
         section = config.discriminator.optim
         optimizers["discriminator"], _ = _optimizer(section, "discriminator.optim")
@@ -449,6 +477,26 @@ def batch_keys(config: ConfigDict, cached: bool = False) -> tuple[str, ...]:
     if config.phase == "first_stage":
         return ("image",)
     return ("moments" if cached else "image", *conditioner(config, cached).keys)
+
+
+def check_batch(config: ConfigDict, devices: int) -> int:
+    """The images that a device takes at once.
+
+    Raises:
+      UserError: the batch does not divide.
+    """
+    size, accumulate = config.train.batch_size, config.train.accumulate
+    if accumulate < 1 or size < 1:
+        name = "batch_size" if size < 1 else "accumulate"
+        raise UserError(f"train.{name} {config.train[name]} must be at least 1")
+    ways = devices * accumulate
+    if size % ways:
+        near = sorted({max(size // ways, 1) * ways, -(-size // ways) * ways})
+        raise UserError(
+            f"train.batch_size {size} does not divide by {devices} devices x train.accumulate"
+            f" {accumulate}; {' and '.join(map(str, near))} would"
+        )
+    return size // ways
 
 
 def is_cached(config: ConfigDict) -> bool:

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build
-from latent_diffusion_jax.plan import check_batch, step_shapes
+from latent_diffusion_jax.nn.mixed import traced_for
+from latent_diffusion_jax.plan import step_shapes
 from latent_diffusion_jax.train.sharding import (
     batch_sharding,
     lay_out,
@@ -36,14 +37,15 @@ IN_HASTE: dict[str, str | bool] = {
 }
 
 
+@traced_for("tpu")  # the fake devices stand for those
 def measure(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
     """Compiles the training step for the mesh's devices, runs nothing, and reads off the program.
 
     `bytes_per_device`: XLA's own analysis. `collectives_per_step`: bytes of whole arrays that are
     gathered, reduced, and moved otherwise.
     """
-    check_batch(config, mesh.size)
-    objective, step = build.objective(config, mesh), step_shapes(config)
+    objective = build.objective(config, mesh)
+    step = step_shapes(config, objective)
     rows = {n: _placed(x, batch_sharding(mesh)) for n, x in step.batch.items()}
     key = _placed(step.key, replicated(mesh))
     state, frozen = lay_out(step.state, mesh), lay_out(step.frozen, mesh)

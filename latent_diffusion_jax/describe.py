@@ -15,10 +15,12 @@ from ml_collections import ConfigDict
 from latent_diffusion_jax import build
 from latent_diffusion_jax.chips import CHIPS
 from latent_diffusion_jax.errors import choose
-from latent_diffusion_jax.plan import check_batch, plan, roofline, state_bytes, step_shapes
+from latent_diffusion_jax.nn.mixed import traced_for
+from latent_diffusion_jax.plan import plan, roofline, state_bytes, step_shapes
 from latent_diffusion_jax.train.sharding import plan_mesh
 
 
+@traced_for("tpu")  # what is planned for; CPUs' own form of bfloat16 counts otherwise
 def describe(
     config: ConfigDict, devices: int | None = None, kind: str | None = None
 ) -> dict[str, Any]:
@@ -33,10 +35,11 @@ def describe(
     mesh = build.unpack("mesh", plan_mesh, config.mesh, devices=devices or jax.device_count())
     planning = devices or kind
     if planning:
-        check_batch(config, mesh.size)
+        build.check_batch(config, mesh.size)
     stage, shape = build.first_stage(config), build.latent_shape(config)
     side = config.data.image_size
-    step = step_shapes(config)
+    objective = build.objective(config)
+    step = step_shapes(config, objective)
     trained, frozen = dict(step.state.params), build.frozen_shapes(config, training=True)
     first_stage = trained.get("autoencoder") or frozen["first_stage"]
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
@@ -51,7 +54,7 @@ def describe(
         forward["unet"] = flops(network, trained["unet"], z, t, build.cond_shapes(config))
 
     # the scan over micro-batches is counted once
-    of_step = flops(build.objective(config).train_step, *step) * config.train.accumulate
+    of_step = flops(objective.train_step, *step) * config.train.accumulate
     facts = {
         "phase": config.phase,
         "image": [side, side, 3],
@@ -85,7 +88,7 @@ def flops(function: Callable, *abstract: Any) -> float:
 
 def arrays(config: ConfigDict) -> str:
     """A table of every trained array: name, shape, size."""
-    params = jax.eval_shape(build.init_params(config), jax.random.key(0))
+    params = build.param_shapes(config)
     return parameter_overview.get_parameter_overview(params, include_stats=False)
 
 

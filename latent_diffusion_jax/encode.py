@@ -137,7 +137,7 @@ def _encoded_null(config: ConfigDict, frozen: Any, mesh: Mesh) -> dict[str, np.n
     return jax.device_get(make(frozen["conditioning"]))
 
 
-def _make_encoder(
+def make_encoder(
     config: ConfigDict, frozen: Any, mesh: Mesh, examples: int, images: int
 ) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
     """Builds run(batch of this process) -> the entries to store; up to `examples`, `images` rows.
@@ -192,7 +192,7 @@ def _encode_shards(
     variants, count = made_from["variants"], len(source)
     rows = config.train.batch_size // processes
     examples = max(rows // variants, 1)
-    run = _make_encoder(config, frozen, mesh, examples, -(-examples * variants // rows) * rows)
+    run = make_encoder(config, frozen, mesh, examples, -(-examples * variants // rows) * rows)
     parts = {
         number: shards.shard_rows(number, count, _shard(variants))
         for number in shards.unfinished(partial, count, _shard(variants))

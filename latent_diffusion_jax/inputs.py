@@ -73,7 +73,7 @@ def read_inputs(
     if asked.get("guide"):
         paths = _paths(asked["guide"], "")
         given.append(Given({"guide": _images(paths)}, names=_stems(paths)))
-    inputs = {name: rows for each in given for name, rows in each.inputs.items()}
+    inputs = _merged(each.inputs for each in given)
     sizes = {each.size for each in given if each.size}
     if len(sizes) > 1:
         several = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))

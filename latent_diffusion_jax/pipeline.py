@@ -28,13 +28,12 @@ from latent_diffusion_jax.first_stage.quality import quality
 from latent_diffusion_jax.train.checkpoint import Checkpointer
 from latent_diffusion_jax.train.metrics import Progress, grid
 from latent_diffusion_jax.train.sharding import (
-    abstract_state,
     gather,
     lay_out,
     put_rows,
     replicated,
 )
-from latent_diffusion_jax.train.state import TrainState, sampling_params
+from latent_diffusion_jax.train.state import TrainState, init_ema, sampling_params
 
 GRID = 400  # images in a grid at most: thousands, for a measurement, are kept as files alone
 
@@ -101,7 +100,9 @@ def load_params(config: ConfigDict, workdir: str, mesh: Mesh) -> tuple[dict, tup
 
 def restore(config: ConfigDict, workdir: str, mesh: Mesh) -> tuple[int, TrainState, dict]:
     """The newest good checkpoint without its optimiser, as (step, state, meta)."""
-    return _restore(abstract_state(build.objective(config).init, jax.random.key(0), mesh), workdir)
+    params = lay_out(build.param_shapes(config), mesh)
+    ema = init_ema(params, config.train.ema_networks)
+    return _restore(TrainState(jnp.int32(0), params, (), ema), workdir)
 
 
 def _restore(abstract: TrainState, workdir: str) -> tuple[int, TrainState, dict]:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build
 from latent_diffusion_jax.chips import Chip
-from latent_diffusion_jax.errors import UserError
+from latent_diffusion_jax.train.objective import Objective
 from latent_diffusion_jax.train.sharding import (
     MIN_SIZE,
     AnyMesh,
@@ -40,11 +40,11 @@ class Step(NamedTuple):
     key: Any
 
 
-def step_shapes(config: ConfigDict) -> Step:
-    """The shapes for the config's batch, whole."""
+def step_shapes(config: ConfigDict, objective: Objective) -> Step:
+    """The shapes for the config's objective and batch, whole."""
     rows = config.train.batch_size
     key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(build.objective(config).init, key)
+    state = jax.eval_shape(objective.init, key)
     cached = config.phase == "diffusion" and build.is_cached(config)
     frozen = build.frozen_shapes(config, training=True, cached=cached)
     side = config.data.image_size
@@ -56,26 +56,6 @@ def step_shapes(config: ConfigDict) -> Step:
         batch |= build.inputs(config, rows, cached)
         frozen = {**frozen, "latent_scale": jax.ShapeDtypeStruct((), jnp.float32)}
     return Step(state, frozen, batch, key)
-
-
-def check_batch(config: ConfigDict, devices: int) -> int:
-    """The images that a device takes at once.
-
-    Raises:
-      UserError: the batch does not divide.
-    """
-    size, accumulate = config.train.batch_size, config.train.accumulate
-    if accumulate < 1 or size < 1:
-        name = "batch_size" if size < 1 else "accumulate"
-        raise UserError(f"train.{name} {config.train[name]} must be at least 1")
-    ways = devices * accumulate
-    if size % ways:
-        near = sorted({max(size // ways, 1) * ways, -(-size // ways) * ways})
-        raise UserError(
-            f"train.batch_size {size} does not divide by {devices} devices x train.accumulate"
-            f" {accumulate}; {' and '.join(map(str, near))} would"
-        )
-    return size // ways
 
 
 def state_bytes(step: Step, mesh: AnyMesh) -> dict[str, int]:
@@ -102,7 +82,7 @@ def plan(config: ConfigDict, step: Step, mesh: AnyMesh) -> dict[str, Any]:
     Raises:
       UserError: the batch does not divide.
     """
-    rows, accumulate = check_batch(config, mesh.size), config.train.accumulate
+    rows, accumulate = build.check_batch(config, mesh.size), config.train.accumulate
     batch = {n: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for n, x in step.batch.items()}
     step = step._replace(batch=batch)
     state = {**state_bytes(step, mesh), "batch": accumulate * sum(map(_bytes, batch.values()))}

@@ -21,7 +21,7 @@ from latent_diffusion_jax.first_stage.stage import FirstStage
 from latent_diffusion_jax.first_stage.tiling import tiled_evenly
 from latent_diffusion_jax.nn.windows import windowed_network
 from latent_diffusion_jax.pipeline import Trained
-from latent_diffusion_jax.train.sharding import gather, gather_late, put_rows, replicated
+from latent_diffusion_jax.train.sharding import AnyMesh, gather, gather_late, put_rows, replicated
 
 THRESHOLD_FLOOR = 3.0  # of scaled latents, whose deviation is 1: data is hardly ever beyond
 EDIT = 2**31  # apart from the numbers of steps
@@ -80,11 +80,62 @@ def make_generate(
     `inputs` may hold `start` and `hole` (an edit), `guide`, and `between` [B], from 0 to 1: images
     between those that indices 0 and 1 would give, whatever their own index.
     """
+    stage = build.first_stage(config)
+    latent, decode = make_programs(
+        config,
+        mesh,
+        sampler=sampler,
+        options=options,
+        steps=steps,
+        timesteps=timesteps,
+        guided=scale != 1,
+        size=size,
+        extras=extras,
+        cached=cached,
+    )
+    by_tiles = None
+    if extras.tile is not None:
+        side = _latent_side("tile", extras.tile, stage)
+        by_tiles = tiled_evenly(decode, side, max(side // 4, 1))
+
+    def generate(params, frozen, *rest):
+        return decode(frozen, latent(params, frozen, *rest))
+
+    compiled = jax.jit(latent if by_tiles else generate, out_shardings=replicated(mesh))
+    scales = jnp.float32(scale), jnp.float32(extras.guide_scale)
+
+    def call(params, frozen, inputs, key, indices):
+        rows = put_rows(mesh, {**inputs, "indices": indices})
+        indices = rows.pop("indices")
+        out = compiled(params, frozen, rows, key, indices, scales)
+        return by_tiles(frozen, out) if by_tiles else out
+
+    return call
+
+
+def make_programs(
+    config: ConfigDict,
+    mesh: AnyMesh,
+    *,
+    sampler: str,
+    options: Mapping[str, float],
+    steps: int,
+    timesteps: str,
+    guided: bool,
+    size: tuple[int, int] | None = None,
+    extras: Extras = PLAIN,
+    cached: bool = False,
+) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """Builds what `make_generate` compiles, as pure functions.
+
+    They are latent(params, frozen, inputs, key, indices, (scale, guide_scale)) -> [B, h, w, c] and
+    decode(frozen, latent) -> images [B, H, W, 3]. `guided`: whether there is a scale other than 1.
+    """
     schedule, stage = build.schedule(config), build.first_stage(config)
     method = make_sampler(sampler, schedule, **options)
     times = make_timesteps(timesteps, steps, schedule)
     shape = build.latent_shape(config, size)
-    denoiser = make_denoiser(config, mesh, scale != 1, extras, cached)
+    denoiser = make_denoiser(config, mesh, guided, extras, cached)
 
     def latent(params, frozen, inputs, key, indices, scales):
         denoise = denoiser(params, frozen, inputs, scales)
@@ -111,29 +162,14 @@ def make_generate(
         return z if known is None else known * z0 + (1 - known) * z
 
     def decode(frozen, z):
+        frozen = gather(mesh, frozen)
         return stage.decode(frozen["first_stage"], z / frozen["latent_scale"])
 
-    def generate(params, frozen, *rest):
-        return decode(gather(mesh, frozen), latent(params, frozen, *rest))
-
-    by_tiles = None
-    if extras.tile is not None:
-        side = _latent_side("tile", extras.tile, stage)
-        by_tiles = tiled_evenly(lambda f, z: decode(gather(mesh, f), z), side, max(side // 4, 1))
-    compiled = jax.jit(latent if by_tiles else generate, out_shardings=replicated(mesh))
-    scales = jnp.float32(scale), jnp.float32(extras.guide_scale)
-
-    def call(params, frozen, inputs, key, indices):
-        rows = put_rows(mesh, {**inputs, "indices": indices})
-        indices = rows.pop("indices")
-        out = compiled(params, frozen, rows, key, indices, scales)
-        return by_tiles(frozen, out) if by_tiles else out
-
-    return call
+    return latent, decode
 
 
 def make_denoiser(
-    config: ConfigDict, mesh: Mesh, guided: bool, extras: Extras, cached: bool = False
+    config: ConfigDict, mesh: AnyMesh, guided: bool, extras: Extras, cached: bool = False
 ) -> Callable[..., Denoise]:
     """Builds denoiser(params, frozen, inputs, (scale, guide_scale)) -> Denoise.
 
@@ -227,8 +263,12 @@ def generate(
         wanted = np.minimum(indices, number - 1)  # the last batch is filled up
         chosen = {name: values[wanted] for name, values in inputs.items()}
         images = run(trained.params, trained.frozen, chosen, jax.random.key(seed), indices)
-        images = np.asarray(images)
-        for hole, original in (("mask", "image_to_fill"), ("hole", "start")):
-            if hole in chosen:  # known pixels stay as they are
-                images = np.where(chosen[hole] >= 0.5, images, chosen[original])
-        yield images[: number - start]
+        yield with_known_pixels(np.asarray(images), chosen)[: number - start]
+
+
+def with_known_pixels(images: Any, inputs: Mapping[str, Any], where: Callable = np.where) -> Any:
+    """Images [B, H, W, 3] with the pixels that were not to be filled as they were given."""
+    for hole, original in (("mask", "image_to_fill"), ("hole", "start")):
+        if hole in inputs:
+            images = where(inputs[hole] >= 0.5, images, inputs[original])
+    return images

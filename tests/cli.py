@@ -1,5 +1,7 @@
 """Command lines as a person gives them: in a process of their own, or in this one (sooner done)."""
 
+import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -69,6 +71,26 @@ def run(*arguments: str, devices: int = 1, code: int = 0) -> str:
 def do(*arguments: str) -> None:
     """Runs a command in this process; it must succeed."""
     assert main([str(argument) for argument in arguments]) == 0
+
+
+@contextlib.contextmanager
+def compilations():
+    """Collects the names of the functions that XLA compiles inside, in a list."""
+    names: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record):
+            _, found, rest = record.getMessage().partition("Finished XLA compilation of jit(")
+            if found:
+                names.append(rest.partition(")")[0])
+
+    handler = Collect()
+    logging.getLogger("jax").addHandler(handler)
+    try:
+        with jax.log_compiles():
+            yield names
+    finally:
+        logging.getLogger("jax").removeHandler(handler)
 
 
 def mistake(capsys: pytest.CaptureFixture, *arguments: str) -> str:

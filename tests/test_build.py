@@ -215,3 +215,24 @@ def test_batch_keys():
     assert build.batch_keys(config_of(FIRST_STAGE)) == ("image",)
     assert build.batch_keys(config_of(DIFFUSION)) == ("image", "label")
     assert build.batch_keys(config_of(DIFFUSION), cached=True) == ("moments", "label")
+
+
+def test_shapes_are_traced_once_for_a_config(monkeypatch):
+    config = config_of(DIFFUSION, seed=12345)
+    shapes = build.param_shapes(config)
+    frozen = build.frozen_shapes(config, training=False)
+    monkeypatch.setattr(build, "init_params", None)
+    monkeypatch.setattr(build, "first_stage", None)
+    again = build.param_shapes(config)
+    assert again == shapes
+    assert build.frozen_shapes(config) == frozen
+    again.clear()
+    assert build.param_shapes(config) == shapes
+
+
+def test_shapes_follow_the_config():
+    config = config_of(DIFFUSION)
+    assert build.frozen_shapes(config)["first_stage"]
+    with config.unlocked():
+        config.first_stage = ConfigDict({"kind": "identity"})
+    assert build.frozen_shapes(config) == {"first_stage": {}}

@@ -20,13 +20,17 @@ from tests.cli import (
     SMALL,
     SMALL_UNET,
     arrays,
+    compilations,
     do,
     mistake,
     run,
     without,
 )
 
-VERBS = ("train", "encode", "sample", "evaluate", "reconstruct", "convert", "describe")
+VERBS = (
+    *("train", "encode", "sample", "evaluate", "reconstruct", "convert", "export", "describe"),
+    "bench",
+)
 PIXELS = """
 from configs.diffusion import shapes
 
@@ -67,7 +71,9 @@ def diffusion(ae):
 @pytest.fixture(scope="module")
 def ldm(runs, diffusion):
     do("encode", *diffusion, f"--workdir={runs}/ldm")
-    do("train", *diffusion, f"--workdir={runs}/ldm")
+    with compilations() as names:
+        do("train", *diffusion, f"--workdir={runs}/ldm")
+    (runs / "compiled.txt").write_text(" ".join(names))
     return runs / "ldm"
 
 
@@ -118,13 +124,17 @@ def test_help_shows_the_options_of_one_verb_with_examples(verb, capsys):
         | {"--interval", "--threshold", "--strength", "--guide", "--guide_scale"}
         | {"--interpolate", "--window", "--tile"},
         "evaluate": {"--number", "--batch", "--seed", "--out", "--from", "--weights"}
-        | {"--sampler", "--steps", "--timesteps", "--eta", "--scale"},
+        | {"--sampler", "--steps", "--timesteps", "--eta", "--scale"}
+        | {"--images", "--reference", "--inception", "--preparation", "--save_statistics"},
         "reconstruct": {"--number", "--batch", "--input", "--out", "--from", "--weights"},
         "convert": {"--from", "--to", "--weights", "--dtype"},
+        "export": {"--from", "--to", "--weights", "--platforms", "--size", "--window"}
+        | {"--sampler", "--steps", "--timesteps", "--eta", "--scale", "--interval", "--threshold"},
         "describe": {"--json", "--arrays", "--devices", "--kind", "--compile"},
+        "bench": {"--size", "--what", "--batch", "--dtype", "--turns", "--peers", "--json"},
     }
-    shared = {"--config"} if verb == "describe" else {"--config", "--workdir"}
-    if verb not in ("describe", "convert"):
+    shared = {"--config"} if verb in ("describe", "bench") else {"--config", "--workdir"}
+    if verb not in ("describe", "convert", "export", "bench"):
         shared |= {"--coordinator", "--processes", "--process", "--wait", "--stall", "--lost"}
     assert options == own[verb] | shared
     assert f"python -m latent_diffusion_jax {verb} --" in text.partition("example")[2]
@@ -169,6 +179,13 @@ def test_what_the_parser_refuses(command, message, capsys):
         main(command)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_training_compiles_each_program_once(runs, ldm):
+    """Of four steps, three evaluations and three rows of pictures."""
+    names = (runs / "compiled.txt").read_text().split()
+    for program in ("init", "train_step", "eval_step", "generate"):
+        assert names.count(program) == 1, program
 
 
 # Mistakes

@@ -12,6 +12,7 @@ PARTS = {  # part -> what it may import beside itself and `errors`
     "errors": [],
     "config": [],
     "chips": [],
+    "standalone": [],
     "cluster": [],
     "arguments": [],
     "conditioning": ["nn"],
@@ -34,7 +35,7 @@ for top in (
         "evaluate",
         "convert",
     ),
-    *("phases", "encode", "__main__"),
+    *("export", "phases", "encode", "bench", "__main__"),
 ):
     PARTS[top] = list(PARTS)  # all before them
 

@@ -1,31 +1,21 @@
 """What sampling can do beyond a sampler and guidance, on networks with random weights."""
 
-import functools
 import logging
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from latent_diffusion_jax import build, pipeline, sampling
-from latent_diffusion_jax.config import load_config
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.train import sharding
 from latent_diffusion_jax.train.sharding import make_mesh
-from tests.cli import ROOT
+from tests import models
 
 
-@functools.cache
 def trained(task):
-    config = load_config(f"{ROOT}/configs/diffusion/shapes64.py:{task},tiny")
-    params = jax.jit(build.init_params(config))(jax.random.key(0))
-    # what starts at zero would hide the network
-    params = jax.tree.map(lambda x: x if jnp.any(x) else jnp.full_like(x, 0.02), params)
-    stage = jax.jit(build.first_stage(config).init)(jax.random.key(1))
-    frozen = {"first_stage": stage, "latent_scale": jnp.float32(1)}
-    return pipeline.Trained(config, params, frozen, None, 0)
+    return models.trained(f"diffusion/shapes64.py:{task},tiny")
 
 
 MESH = make_mesh()

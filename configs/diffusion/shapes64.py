@@ -33,20 +33,28 @@ LDM4 = {
 }
 
 
+# What tokens mean is learned late: what is where weighs most, and batches are small.
+TOKENS = {
+    **steps(12_000),
+    "diffusion.weighting": "min_snr",
+    "diffusion.min_snr_gamma": 0.5,
+    "train.batch_size": 16,
+}
+
+
 def get_config(arg=""):
     return tasks.make(
         arg,
         {
             "text": {
                 **tasks.TASKS["text"],
-                **steps(12_000),
+                **TOKENS,
                 "data.source.shapes": (1, 2),
                 "data.source.held_out": 0.2,
-                "diffusion.weighting": "min_snr",
-                "train.batch_size": 16,
             },
             "layout": {
                 **tasks.TASKS["layout"],
+                **TOKENS,
                 "conditioning.vocab_size": 441,  # corners on a grid of 21 x 21
                 "conditioning.max_objects": 3,
             },

@@ -5,7 +5,6 @@ Module names are the published ones, so that a key is the path through a tree jo
 and how many axes of size 1 follow: torch keeps some linear maps as 1x1 convolutions.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build
-from latent_diffusion_jax.config import read_config
 from latent_diffusion_jax.convert.files import Tensor
 from latent_diffusion_jax.convert.pairs import CONDITIONING, FIRST_STAGE, UNET, Make
 from latent_diffusion_jax.errors import UserError
@@ -55,14 +53,7 @@ class Weights(NamedTuple):
 
 def shapes(config: ConfigDict) -> Weights:
     """The trees of shapes that a config's checkpoint fills."""
-    return _shapes(config.to_json())
-
-
-@functools.lru_cache(maxsize=4)  # seconds for the large models, and asked for several times
-def _shapes(config_json: str) -> Weights:
-    config = read_config(config_json)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    params = jax.eval_shape(build.init_params(config), key)
+    params = build.param_shapes(config)
     params = {name: tree for name, tree in params.items() if name not in TRAINING_ONLY}
     ema = {name: params[name] for name in config.train.ema_networks}
     return Weights(params, ema, build.frozen_shapes(config))

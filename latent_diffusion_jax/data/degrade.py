@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # whose ndimage is loaded when it is used
 from PIL import Image
-from scipy import ndimage
 
 from latent_diffusion_jax.errors import UserError
 
@@ -135,7 +135,7 @@ def blur(
         angle = generator.uniform(0, np.pi)
         variances = settings.spread * (4 + scale) * generator.random(2)
         kernel = tilted_gaussian(size, angle, variances).astype(np.float32)
-        return ndimage.convolve(pixels, kernel[..., None], mode="mirror")
+        return scipy.ndimage.convolve(pixels, kernel[..., None], mode="mirror")
     size = generator.choice(settings.round_sizes)
     deviation = settings.spread * (2 + 0.2 * scale) * generator.random()
     return _convolve_both(pixels, gaussian(size, deviation))
@@ -151,7 +151,7 @@ def shrink(
         return resize(pixels, (height, width), generator.choice(METHODS))
     kernel = gaussian(25, generator.uniform(0.1, 0.6 * scale))
     # the first of `scale` pixels is kept: the kernel is centred on their middle
-    kernel = ndimage.shift(kernel, -(scale - 1) / 2, order=1, mode="nearest")
+    kernel = scipy.ndimage.shift(kernel, -(scale - 1) / 2, order=1, mode="nearest")
     return _convolve_both(pixels, kernel / kernel.sum())[::scale, ::scale]
 
 
@@ -206,7 +206,7 @@ def _normalised(square: np.ndarray) -> np.ndarray:
 def _convolve_both(pixels: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """Convolves rows and columns with a round kernel's factor."""
     for axis in (0, 1):
-        pixels = ndimage.convolve1d(pixels, kernel, axis, mode="mirror")
+        pixels = scipy.ndimage.convolve1d(pixels, kernel, axis, mode="mirror")
     return pixels
 
 

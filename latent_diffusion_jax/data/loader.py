@@ -7,13 +7,15 @@ iterator is one number.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import grain
 import numpy as np
 
 from latent_diffusion_jax.data import transforms
 from latent_diffusion_jax.errors import UserError, choose
+
+if TYPE_CHECKING:
+    import grain
 
 CROPS = {
     "center": transforms.center_square,
@@ -38,7 +40,7 @@ def make_loader(
     shard: tuple[int, int] = (0, 1),
     threads: int = 2,
     buffer: int = 8,
-) -> grain.DatasetIterator:
+) -> "grain.DatasetIterator":
     """An iterator over dicts of stacked arrays, `image` float32 [B, H, W, 3] in [-1, 1].
 
     For training it is endless. Otherwise it is one pass in order, centre-cropped and never flipped,
@@ -69,6 +71,8 @@ def make_loader(
     Raises:
       UserError: a number out of range, or a key that the source does not have.
     """
+    import grain  # slow to import, and sampling needs none
+
     index, count = shard
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} per host must be at least 1")

@@ -39,6 +39,7 @@ def make_loss(
     prediction: str = "eps",
     loss: str = "l2",
     weighting: str = "uniform",
+    min_snr_gamma: float = predictions.GAMMA,
     condition_dropout: float = 0.1,
     elbo_weight: float = 0.0,
     l_simple_weight: float = 1.0,
@@ -61,6 +62,8 @@ def make_loss(
       prediction: what the output means, one of PREDICTIONS.
       loss: one of LOSSES.
       weighting: one of WEIGHTINGS.
+      min_snr_gamma: the signal-to-noise ratio above which "min_snr" lets errors of x0 count alike;
+        the lower, the more a short training is about what is where, not about details.
       condition_dropout: how often an example loses its condition in training, from 0 to 1.
       elbo_weight: of L_vlb, at least 0.
       l_simple_weight: of the rest, at least 0.
@@ -79,6 +82,8 @@ def make_loss(
     choose("loss", loss, LOSSES)
     if loss == "l1" and weighting != "uniform":
         raise UserError(f"weighting {weighting!r} is defined for squared errors; use loss l2")
+    if min_snr_gamma <= 0:
+        raise UserError(f"min_snr_gamma {min_snr_gamma} must be above 0")
     if not 0 <= condition_dropout <= 1:
         raise UserError(f"condition_dropout {condition_dropout}; choose from 0 to 1")
     if elbo_weight < 0 or l_simple_weight < 0:
@@ -107,7 +112,8 @@ def make_loss(
             prediction=prediction,
             loss=loss,
         )
-        simple = predictions.loss_weight(weighting, prediction, *at(schedule, t)) * errors
+        levels = at(schedule, t)
+        simple = predictions.loss_weight(weighting, prediction, *levels, min_snr_gamma) * errors
         table = params["logvar"]["table"]["bias"] if learn_logvar else None
         logvar = logvar_init if table is None else table[t]
         losses = l_simple_weight * (simple / jnp.exp(logvar) + logvar)

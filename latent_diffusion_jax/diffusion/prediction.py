@@ -79,20 +79,22 @@ def make_denoise(
     return denoise
 
 
-def _uniform(prediction: Prediction, alpha: Array, sigma: Array) -> Array:
+def _uniform(prediction: Prediction, alpha: Array, sigma: Array, gamma: float) -> Array:
     """Plain error of the network's own target, as published (L_simple)."""
     return jnp.ones_like(alpha)
 
 
-def _min_snr(prediction: Prediction, alpha: Array, sigma: Array) -> Array:
+def _min_snr(prediction: Prediction, alpha: Array, sigma: Array, gamma: float) -> Array:
     """min(SNR, gamma) on the squared error of x0, whichever target the network has."""
-    return jnp.minimum((alpha / sigma) ** 2, GAMMA) * prediction.x0_error(alpha, sigma) ** 2
+    return jnp.minimum((alpha / sigma) ** 2, gamma) * prediction.x0_error(alpha, sigma) ** 2
 
 
 WEIGHTINGS = {"uniform": _uniform, "min_snr": _min_snr}
 
 
-def loss_weight(weighting: str, prediction: str, alpha: Array, sigma: Array) -> Array:
+def loss_weight(
+    weighting: str, prediction: str, alpha: Array, sigma: Array, gamma: float = GAMMA
+) -> Array:
     """The factor on the squared error of the network's output; shaped like alpha and sigma."""
     weigh = choose("weighting", weighting, WEIGHTINGS)
-    return weigh(choose("prediction", prediction, PREDICTIONS), alpha, sigma)
+    return weigh(choose("prediction", prediction, PREDICTIONS), alpha, sigma, gamma)

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from latent_diffusion_jax.nn.attend import dot_product_attention
 from latent_diffusion_jax.nn.layers import dense, group_norm, layer_norm, zeros
 
 
@@ -20,7 +21,7 @@ def attend(
     def split(x):
         return x.reshape(*x.shape[:2], num_heads, -1)
 
-    out = jax.nn.dot_product_attention(split(q), split(k), split(v), is_causal=is_causal)
+    out = dot_product_attention(split(q), split(k), split(v), is_causal=is_causal)
     return out.reshape(q.shape)
 
 
@@ -39,7 +40,7 @@ class AttentionBlock(nn.Module):
         qkv = dense(3 * c, "qkv", dtype=self.dtype)(norm(x).reshape(b, h * w, c))
         # the published channel order is [head][q, k, v][width]
         q, k, v = jnp.moveaxis(qkv.reshape(b, h * w, self.num_heads, 3, -1), 3, 0)
-        out = jax.nn.dot_product_attention(q, k, v).reshape(b, h * w, c)
+        out = dot_product_attention(q, k, v).reshape(b, h * w, c)
         out = dense(c, "proj_out", dtype=self.dtype, kernel_init=zeros)(out)
         return x + out.reshape(b, h, w, c)
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion_jax.nn.mixed import policy
+
 # flax's default: three times the variance of torch's, with which short runs learn markedly faster
 lecun_normal = nn.initializers.lecun_normal()
 zeros = nn.initializers.zeros
@@ -29,8 +31,16 @@ def conv(
 ) -> nn.Conv:
     """A convolution with torch's symmetric padding, `width // 2`."""
     padding = width // 2 if padding is None else padding
+    dtype, _, product = policy(dtype)
     return nn.Conv(
-        features, (width, width), stride, padding, dtype=dtype, kernel_init=kernel_init, name=name
+        features,
+        (width, width),
+        stride,
+        padding,
+        dtype=dtype,
+        kernel_init=kernel_init,
+        conv_general_dilated_cls=product,
+        name=name,
     )
 
 
@@ -38,20 +48,32 @@ def dense(
     features: int, name: str | None = None, *, dtype: Any, use_bias=True, kernel_init=lecun_normal
 ):
     """A linear layer over the last axis; the published 1x1 convolutions are this too."""
-    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=kernel_init, name=name)
+    dtype, product, _ = policy(dtype)
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=kernel_init,
+        dot_general_cls=product,
+        name=name,
+    )
 
 
 def group_norm(name: str, *, num_groups: int, epsilon: float, dtype: Any) -> nn.GroupNorm:
     """GroupNorm with float32 statistics; epsilon is 1e-5 in the UNet, 1e-6 in the first stages."""
     # the two-pass variance: E[x^2] - E[x]^2 cancels where a group's mean is far from zero
     return nn.GroupNorm(
-        num_groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name
+        num_groups,
+        epsilon=epsilon,
+        dtype=policy(dtype).dtype,
+        use_fast_variance=False,
+        name=name,
     )
 
 
 def layer_norm(name: str, *, dtype: Any) -> nn.LayerNorm:
     """LayerNorm over the last axis, with torch's epsilon and float32 statistics."""
-    return nn.LayerNorm(1e-5, dtype=dtype, use_fast_variance=False, name=name)
+    return nn.LayerNorm(1e-5, dtype=policy(dtype).dtype, use_fast_variance=False, name=name)
 
 
 def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> jax.Array:

@@ -36,7 +36,7 @@ def policies(remat: str, levels: int) -> dict[int, str]:
       UserError: a policy or a factor that there is not.
     """
     found = {2**level: "none" for level in range(levels)}
-    pairs = [pair.split(":") for pair in remat.split(",")]
+    pairs = [pair.split(":") for pair in str(remat).split(",")]  # of a config: any value
     if len(pairs[0]) == 1:
         pairs = [[str(factor), remat] for factor in found]
     for factor, *policy in pairs:

@@ -27,7 +27,8 @@ ACTIVATIONS = {
 
 
 def _embed(size: int, dim: int, name: str, dtype: Any) -> nn.Embed:
-    init = nn.initializers.normal(0.02)
+    # the original's deviation is 0.02, which the first blocks' outputs drown: all tokens look alike
+    init = nn.initializers.normal(1.0)
     return nn.Embed(size, dim, dtype=dtype, embedding_init=init, name=name)
 
 

@@ -128,7 +128,7 @@ def windowed(
             return function(jax.tree.unflatten(structure, cuts))
 
         cut_shapes = [
-            jax.ShapeDtypeStruct((len(x), *map(int, g.window), *x.shape[3:]), x.dtype)
+            jax.ShapeDtypeStruct((x.shape[0], *map(int, g.window), *x.shape[3:]), x.dtype)
             for x, g in zip(leaves, grids)
         ]
         result = jax.eval_shape(apply, *cut_shapes)

@@ -133,7 +133,8 @@ def make_objective(
     """
 
     def start(params: Params, ema: Params, key: jax.Array) -> TrainState:
-        params = {**init_params(key), **params}  # a discriminator does not come with weights
+        if params.keys() != optimizers.keys():  # a discriminator does not come with weights
+            params = {**init_params(key), **params}
         opt_state = {name: optimizers[name].init(tree) for name, tree in params.items()}
         return TrainState(
             jnp.zeros((), jnp.int32), params, opt_state, ema, criterion.init_buffers()

@@ -158,7 +158,7 @@ def lower_step(
     return jitted.lower(state, frozen, batch, key)
 
 
-def gather(mesh: Mesh, tree: Any) -> Any:
+def gather(mesh: AnyMesh, tree: Any) -> Any:
     """Inside a jit: the same tree, whole on every device, for networks to read.
 
     Left to propagate shardings by itself, XLA splits activations along the channels of split
@@ -167,7 +167,7 @@ def gather(mesh: Mesh, tree: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
-def gather_late(mesh: Mesh, tree: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+def gather_late(mesh: AnyMesh, tree: Any, x: jax.Array) -> tuple[Any, jax.Array]:
     """Inside a loop: (the tree gathered, x), once `x` is there and not before the loop.
 
     What a loop does not change XLA works out once before it and keeps: the whole tree. What depends

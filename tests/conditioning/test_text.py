@@ -12,6 +12,7 @@ from latent_diffusion_jax.conditioning.label import label
 from latent_diffusion_jax.conditioning.spatial import lowres
 from latent_diffusion_jax.conditioning.text import clip, make_tokenize, text
 from latent_diffusion_jax.errors import UserError
+from latent_diffusion_jax.nn.mixed import traced_for
 
 WORDS = ["a", "photograph", "of", "two", "dogs", "on", "the", "beach", "dog", "##s", "cat"]
 
@@ -98,6 +99,7 @@ def test_null_is_the_empty_caption(conditioner, null):
     assert conditioner.frozen == (null[0] == 49406)
 
 
+@traced_for("tpu")  # CPUs hand float32 on, and round it for the cache alone
 def test_what_a_frozen_encoder_makes_stands_for_its_captions():
     """Beside another condition, with the null condition; in the type that it computes in."""
     sizes = dict(vocab_size=9, dim=8, depth=1, num_heads=2, activation="gelu", max_length=4)

@@ -167,6 +167,18 @@ def test_zero_network_leaves_the_power_of_the_target(prediction, closed):
     np.testing.assert_allclose(losses.mean(), expected, rtol=0.025)  # 4 standard errors
 
 
+def test_below_every_snr_gamma_is_a_factor_on_the_error_of_x0():
+    params, batch = {"unet": {"scale": jnp.array(0.3)}}, {"z": batch_of(64)["z"]}
+    gamma = 1e-9
+
+    def loss(**options):
+        function = loss_for(unconditional(), prediction="x0", **options)
+        return function(params, 1.0, batch, jax.random.key(1), True)[0]
+
+    found = loss(weighting="min_snr", min_snr_gamma=gamma)
+    np.testing.assert_allclose(found, gamma * loss(weighting="uniform"), rtol=1e-5)
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("weighting", ["uniform", "min_snr"])
 def test_loss_is_differentiable_and_reports_itself(prediction, weighting):
@@ -291,6 +303,7 @@ def test_metrics_by_quarter_of_t():
     [
         ({"prediction": "noise"}, "unknown prediction"),
         ({"loss": "l3"}, "unknown loss"),
+        ({"min_snr_gamma": 0}, "min_snr_gamma 0 must be above 0"),
         ({"weighting": "min_snt"}, "did you mean 'min_snr'"),
         ({"loss": "l1", "weighting": "min_snr"}, "squared errors"),
         ({"condition_dropout": -0.1}, "-0.1"),

@@ -78,16 +78,18 @@ def test_min_snr_is_one_loss_of_x0_for_every_prediction():
         np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_min_snr_weights_of_hang_et_al():
+@pytest.mark.parametrize("gamma", [5, 0.5])
+def test_min_snr_weights_of_hang_et_al(gamma):
     alpha, sigma = at(SCHEDULE, jnp.arange(1000))
     snr = (alpha / sigma) ** 2
-    capped = jnp.minimum(snr, 5)
+    capped = jnp.minimum(snr, gamma)
     for prediction, expected in {
         "eps": capped / snr,
         "x0": capped,
         "v": capped / (snr + 1),
     }.items():
-        np.testing.assert_allclose(loss_weight("min_snr", prediction, alpha, sigma), expected, 1e-5)
+        found = loss_weight("min_snr", prediction, alpha, sigma, gamma)
+        np.testing.assert_allclose(found, expected, 1e-5)
         np.testing.assert_array_equal(loss_weight("uniform", prediction, alpha, sigma), 1)
 
 

@@ -63,6 +63,7 @@ def test_policies_by_resolution():
         "ful": "unknown policy in remat: 'ful'; did you mean 'full'",
         "3:full": "unknown factor in remat: '3'; one of 1, 2",
         "1:dot": "'dot'; did you mean 'dots'",
+        False: "unknown policy in remat: False; one of dots, full, none",
         "1:full,dots": "neither a policy nor pairs as '1:full,2:dots'",
     }.items():
         with pytest.raises(UserError, match=message):
