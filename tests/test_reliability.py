@@ -215,7 +215,7 @@ def test_what_cannot_be_written(harm, said, tmp_path):
     """One line, and at once; what was saved stays, and the run goes on from there."""
     command = ["train", FIRST_STAGE, *SMALL, *OFTEN, f"--workdir={tmp_path}"]
     endless = [*command, "--config.run.steps=100000", "--config.run.eval_every=0"]
-    endless.append("--config.run.checkpoint_every=40")
+    endless += ["--config.run.checkpoint_every=40", "--config.run.log_every=30"]
     wrapper = []
     if harm is make_read_only and os.geteuid() == 0:  # who may write everywhere
         wrapper = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"]
@@ -224,10 +224,11 @@ def test_what_cannot_be_written(harm, said, tmp_path):
     process = start(*endless, wrapper=wrapper)
     until(process, lambda step: steps_saved(tmp_path) and not unfinished(tmp_path))
     harm(process, tmp_path)
-    line = process.communicate(timeout=60)[0].splitlines()[-1]
+    *before, line = process.communicate(timeout=60)[0].splitlines()
     (tmp_path / "checkpoints").chmod(0o755)
     assert process.returncode == 2
     assert re.search(f"^error: {said}", line)
+    assert all(other.startswith("step ") for other in before)
     saved = steps_saved(tmp_path)[-1]
     said = run(*command, f"--config.run.steps={saved + 1}")
     assert f"trained to step {saved + 1}" in said

@@ -7,6 +7,7 @@ A step is one directory that Orbax writes in the background and renames when it 
 """
 
 import contextlib
+import functools
 import gc
 import itertools
 import json
@@ -79,6 +80,7 @@ class Checkpointer:
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
         )
+        _drop_late_complaints()
         with self._writing("directory"), _quiet():
             self._manager = ocp.CheckpointManager(self._directory.absolute(), options=options)
 
@@ -278,6 +280,22 @@ def _quiet() -> Iterator[None]:
     finally:
         sys.unraisablehook = hook
         logger.setLevel(level)
+
+
+@functools.cache
+def _drop_late_complaints() -> None:
+    """Keeps pages of one error off the terminal, from now on.
+
+    After a write that failed, each of TensorStore's other writes finds the loop that it reports to
+    closed. That may also come in the middle of the line that says what happened.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def write_weights(workdir: str, params: Params, ema: Params, meta: Mapping[str, Any]) -> None:
