@@ -215,7 +215,7 @@ def test_what_cannot_be_written(harm, said, tmp_path):
     """One line, and at once; what was saved stays, and the run goes on from there."""
     command = ["train", FIRST_STAGE, *SMALL, *OFTEN, f"--workdir={tmp_path}"]
     endless = [*command, "--config.run.steps=100000", "--config.run.eval_every=0"]
-    endless += ["--config.run.checkpoint_every=40", "--config.run.log_every=30"]
+    endless += ["--config.run.checkpoint_every=400", "--config.run.log_every=30"]
     wrapper = []
     if harm is make_read_only and os.geteuid() == 0:  # who may write everywhere
         wrapper = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"]
