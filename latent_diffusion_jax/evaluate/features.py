@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh
 
+from latent_diffusion_jax.cluster import everywhere
 from latent_diffusion_jax.evaluate.distances import Moments, no_moments, update
 from latent_diffusion_jax.evaluate.inception import SIDE, Features, Inception, prepare
 from latent_diffusion_jax.evaluate.sets import Images
@@ -84,6 +85,7 @@ def store(
     made_from = json.loads(json.dumps(made_from))  # as it is read back: tuples are lists
     writes = jax.process_index() == 0
     note = _read(place, made_from, images.number) if writes else NOTHING
+    everywhere(True)  # weights take some longer to read than collectives wait
     # what the first process finds counts: the others may not see its disk
     done = int(broadcast_one_to_all(np.int64(note.done)))
     arrays = _open(place, images.number, new=done == 0) if writes else {}
