@@ -297,28 +297,38 @@ def evaluate(args) -> None:
     here = Path(args.workdir or ".")
     if trained.config.phase == "first_stage":
         asked = _features(args, here / "evaluation")
-        print(measure.first_stage(trained, mesh, about, asked, args.workdir, args.lpips))
+        print(measure.first_stage(trained, mesh, about, asked, args.workdir, _lpips(args)))
         return
+    if args.lpips is not None:
+        raise UserError(f"--lpips={args.lpips} is of a first stage's reconstructions")
     about["weights"] = "ema" if args.workdir else args.weights
     options = {**_sampling(args, trained.config), "seed": args.seed}
-    if args.inception is None:
-        out = Path(args.out or here / "evaluation.json")
-        number = args.number or measure.EXAMPLES
-        print(measure.task(trained, mesh, about, out, number, args.batch, options))
-    else:
-        print(
-            measure.samples(
-                trained, mesh, about, _features(args, here / "samples.evaluation"), options
-            )
-        )
+    if args.inception is not None:
+        asked = _features(args, here / "samples.evaluation")
+        print(measure.samples(trained, mesh, about, asked, options))
+        return
+    for name in ("reference", "save_statistics", "neighbours"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name}={getattr(args, name)} takes --inception=FILE, FID's weights")
+    out, number = Path(args.out or here / "evaluation.json"), args.number or measure.EXAMPLES
+    print(measure.task(trained, mesh, about, out, number, args.batch, options))
 
 
 def _features(args, place):
     """What of images' features is asked for; by default the result lies at `place`.json."""
+    from latent_diffusion_jax.convert.inception import load_inception
     from latent_diffusion_jax.evaluate.measure import Asked
 
     fields = {name: getattr(args, name) for name in Asked._fields if name != "out"}
+    if args.inception is not None:
+        fields["inception"] = load_inception(args.inception)
     return Asked(**fields, out=Path(args.out or f"{place}.json"))
+
+
+def _lpips(args):
+    from latent_diffusion_jax.convert.lpips import load_lpips
+
+    return None if args.lpips is None else load_lpips(args.lpips.split(","))
 
 
 def _sampling(args, config) -> dict[str, Any]:

@@ -259,7 +259,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 from latent_diffusion_jax import __main__
-from latent_diffusion_jax.evaluate import features, measure
+from latent_diffusion_jax.convert import inception
+from latent_diffusion_jax.evaluate import features
 
 features.WIDTHS = dict(pool=6, spatial=5, logits=4)
 
@@ -271,7 +272,7 @@ class Small(nn.Module):
 
 features.Inception = Small
 image = np.zeros((1, 299, 299, 3), np.float32)
-measure.load_inception = lambda path: Small().init(jax.random.key(0), image)["params"]
+inception.load_inception = lambda path: Small().init(jax.random.key(0), image)["params"]
 sys.exit(__main__.main())
 """
 

@@ -13,8 +13,6 @@ from etils import epath
 from jax.sharding import Mesh
 
 from latent_diffusion_jax import pipeline
-from latent_diffusion_jax.convert.inception import load_inception
-from latent_diffusion_jax.convert.lpips import load_lpips
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.evaluate import made, neighbours, results, sets, tasks
 from latent_diffusion_jax.evaluate.compare import Compared, compare
@@ -26,12 +24,12 @@ SPLITS = ("train", "validation")
 
 
 class Asked(NamedTuple):
-    """The options of `evaluate` that are of images and their features."""
+    """The options of `evaluate` that are of images and their features; inception: parameters."""
 
     number: int | None
     batch: int
     reference: str | None
-    inception: str | None
+    inception: Any
     preparation: str
     save_statistics: str | None
     neighbours: int | None
@@ -44,11 +42,10 @@ def images(path: str, asked: Asked) -> str:
         raise UserError(
             "--images takes --inception=FILE, and --reference=PATH or --save_statistics=FILE"
         )
-    weights = load_inception(asked.inception)
     # both are opened before minutes are spent on one
     shown = sets.open_images(path)
     reference = sets.open_reference(asked.reference) if asked.reference else None
-    found = _compare(shown, reference, weights, asked, make_mesh())
+    found = _compare(shown, reference, asked, make_mesh())
     protocol = {"reference": asked.reference, "resize": "none before Inception's"}
     return _written(found, {"of": path}, protocol, asked)
 
@@ -62,7 +59,6 @@ def samples(
             "--inception takes --reference=PATH (train and validation: the model's own data), or"
             " --save_statistics=FILE"
         )
-    weights = load_inception(str(asked.inception))
     number = asked.number or EXAMPLES
     reference: sets.Images | sets.Statistics | None = None
     if asked.reference in SPLITS:
@@ -70,7 +66,7 @@ def samples(
     elif asked.reference is not None:
         reference = sets.open_reference(asked.reference)
     shown = made.samples(trained, mesh, number=number, batch=asked.batch, **options)
-    found = _compare(shown, reference, weights, asked, mesh)
+    found = _compare(shown, reference, asked, mesh)
     side = trained.config.data.image_size
     protocol = {
         "reference": asked.reference,
@@ -90,20 +86,23 @@ def first_stage(
     about: dict,
     asked: Asked,
     workdir: str | None,
-    lpips: str | None,
+    lpips: Any,
 ) -> str:
-    """A first stage's reconstructions of its validation split."""
+    """A first stage's reconstructions of its validation split.
+
+    `lpips` are parameters; None for the workdir's own copy, if it has one.
+    """
     if asked.reference or asked.save_statistics or asked.neighbours:
         raise UserError(
             "a first stage is measured on its own validation split:"
             " --reference, --save_statistics and --neighbours are of samples"
         )
-    weights = load_inception(asked.inception) if asked.inception else None
     originals = made.split(trained.config, "validation", asked.number)
-    perceptual = _lpips(trained, mesh, workdir, lpips)
-    measures = measure_reconstructions(
-        trained, mesh, originals, batch=asked.batch, lpips=perceptual
-    )
+    if lpips is not None:
+        lpips = put_tree(mesh, lpips)
+    elif workdir and (epath.Path(workdir) / "lpips" / "checkpoints").exists():
+        lpips = pipeline.load_frozen(trained.config, workdir, mesh, training=True)["lpips"]
+    measures = measure_reconstructions(trained, mesh, originals, batch=asked.batch, lpips=lpips)
     protocol = {
         "split": "validation",
         "number": originals.number,
@@ -111,9 +110,9 @@ def first_stage(
         "latent": "the most probable",
         "psnr_ssim": "of each image, RGB in [0, 1], not rounded; Gaussian window of 11",
     }
-    if weights is not None:
+    if asked.inception is not None:
         hats = made.reconstructions(trained, mesh, originals, asked.batch)
-        found = _compare(hats, originals, weights, asked, mesh)
+        found = _compare(hats, originals, asked, mesh)
         if found is not None:
             measures["rfid"] = found.measures["fid"]
             protocol |= {k: found.protocol[k] for k in ("preparation", "inception")}
@@ -147,20 +146,11 @@ def task(
     return f"{results.lines(measures)}\n{len(shown)} validation examples, {out}, {picture}"
 
 
-def _lpips(trained: pipeline.Trained, mesh: Mesh, workdir: str | None, files: str | None) -> Any:
-    """LPIPS' parameters, of files or as the workdir was trained with them; None without."""
-    if files:
-        return put_tree(mesh, load_lpips(files.split(",")))
-    if workdir and (epath.Path(workdir) / "lpips" / "checkpoints").exists():
-        return pipeline.load_frozen(trained.config, workdir, mesh, training=True)["lpips"]
-    return None
-
-
-def _compare(shown, reference, weights, asked: Asked, mesh: Mesh) -> Compared | None:
+def _compare(shown, reference, asked: Asked, mesh: Mesh) -> Compared | None:
     return compare(
         shown,
         reference,
-        inception=weights,
+        inception=asked.inception,
         preparation=asked.preparation,
         out=asked.out,
         batch=asked.batch,

@@ -9,6 +9,7 @@ from PIL import Image
 
 from latent_diffusion_jax import build, pipeline
 from latent_diffusion_jax.config import load_config, to_json
+from latent_diffusion_jax.convert import inception
 from latent_diffusion_jax.data.transforms import to_float, to_uint8
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.evaluate import compare, features, made, measure, results, sets
@@ -33,7 +34,7 @@ PAIRS = [name for name in RECORDED if "ssim_gauss11_sigma1.5_population_cov" in 
 
 @pytest.fixture
 def network(monkeypatch):
-    monkeypatch.setattr(measure, "load_inception", lambda path: {})
+    monkeypatch.setattr(inception, "load_inception", lambda path: {})
     return stand_in(monkeypatch)
 
 
@@ -42,7 +43,7 @@ def shapes(task="unconditional"):
 
 
 def asked(tmp_path, **changes):
-    given = dict(number=20, batch=8, reference="validation", inception="some.pth")
+    given = dict(number=20, batch=8, reference="validation", inception={})
     more = dict(preparation="pytorch-fid", save_statistics=None, neighbours=None)
     return measure.Asked(**{**given, **more, "out": tmp_path / "found.json", **changes})
 
@@ -240,3 +241,18 @@ def test_a_first_stage_from_the_command_line(tmp_path, capsys, network, vq):
     assert "--reference" in mistake(capsys, "evaluate", workdir, "--reference=x")
     message = mistake(capsys, "evaluate", workdir, "--lpips=none.pth")
     assert "none.pth" in message
+
+
+def test_options_of_something_else_are_refused(tmp_path, capsys):
+    model = shapes()
+    write_config(str(tmp_path), to_json(model.config))
+    write_weights(str(tmp_path), model.params, {}, {"latent_scale": 1.0, "class_names": None})
+    place = str(tmp_path / "first_stage")
+    write_weights(place, {"autoencoder": model.frozen["first_stage"]}, {}, {})
+    for option, message in (
+        ("--lpips=x.pth", "--lpips=x.pth is of a first stage's reconstructions"),
+        ("--neighbours=3", "--neighbours=3 takes --inception=FILE, FID's weights"),
+        ("--reference=train", "--reference=train takes --inception=FILE"),
+        ("--inception=no.pth", "no file 'no.pth': FID and its kin need pt_inception"),
+    ):
+        assert message in mistake(capsys, "evaluate", f"--workdir={tmp_path}", option)
