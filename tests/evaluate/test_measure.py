@@ -246,7 +246,8 @@ def test_a_first_stage_from_the_command_line(tmp_path, capsys, network, vq):
 def test_options_of_something_else_are_refused(tmp_path, capsys):
     model = shapes()
     write_config(str(tmp_path), to_json(model.config))
-    write_weights(str(tmp_path), model.params, {}, {"latent_scale": 1.0, "class_names": None})
+    meta = {"latent_scale": 1.0, "class_names": None}
+    write_weights(str(tmp_path), model.params, {"unet": model.params["unet"]}, meta)
     place = str(tmp_path / "first_stage")
     write_weights(place, {"autoencoder": model.frozen["first_stage"]}, {}, {})
     for option, message in (
