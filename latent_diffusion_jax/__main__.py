@@ -281,67 +281,54 @@ def sample(args) -> None:
 
 
 def evaluate(args) -> None:
-    """Prints measures, and writes them with the protocol, beside a picture."""
+    """Prints measures, and writes them with their protocol, beside a picture."""
+    from latent_diffusion_jax.evaluate import measure, results
+
+    if args.compare is not None:
+        print(results.table(args.compare))
+        return
     if args.images is not None:
-        _compare(args)
+        if args.workdir or args.origin:
+            raise UserError("give one of --images (of any model) and --workdir or --from")
+        print(measure.images(args.images, _features(args, f"{args.images.rstrip('/')}.evaluation")))
         return
-    import jax
-
-    from latent_diffusion_jax.evaluate.tasks import evaluate, write_picture
-
-    trained, mesh = _trained(args, "diffusion")
-    options = _sampling(args, trained.config)
-    measures, images, examples = evaluate(
-        trained, mesh, number=args.number, batch=args.batch, seed=args.seed, **options
-    )
-    if jax.process_index():
+    trained, mesh = _trained(args)
+    about = {"of": args.workdir or args.origin, "step": trained.step}
+    here = Path(args.workdir or ".")
+    if trained.config.phase == "first_stage":
+        asked = _features(args, here / "evaluation")
+        print(measure.first_stage(trained, mesh, about, asked, args.workdir, _lpips(args)))
         return
-    out = Path(args.out or Path(args.workdir or ".") / "evaluation.json")
-    picture = out.with_suffix(".png")
-    kind = trained.config.conditioning.kind
-    write_picture(picture, kind, images, examples)
-    protocol = {
-        "split": "validation",
-        "number": len(images),
-        "seed": args.seed,
-        "step": trained.step,
-        **options,
-        "options": dict(options["options"]),
-    }
-    out.write_text(json.dumps({"measures": measures, "protocol": protocol}, indent=1))
-    for name, value in measures.items():
-        print(f"{name:20} {value:.4f}")
-    print(f"{len(images)} validation examples, {out}, {picture}")
+    if args.lpips is not None:
+        raise UserError(f"--lpips={args.lpips} is of a first stage's reconstructions")
+    about["weights"] = "ema" if args.workdir else args.weights
+    options = {**_sampling(args, trained.config), "seed": args.seed}
+    if args.inception is not None:
+        asked = _features(args, here / "samples.evaluation")
+        print(measure.samples(trained, mesh, about, asked, options))
+        return
+    for name in ("reference", "save_statistics", "neighbours"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name}={getattr(args, name)} takes --inception=FILE, FID's weights")
+    out, number = Path(args.out or here / "evaluation.json"), args.number or measure.EXAMPLES
+    print(measure.task(trained, mesh, about, out, number, args.batch, options))
 
 
-def _compare(args) -> None:
-    """Measures a set of images that is there already."""
+def _features(args, place):
+    """What of images' features is asked for; by default the result lies at `place`.json."""
     from latent_diffusion_jax.convert.inception import load_inception
-    from latent_diffusion_jax.evaluate.compare import compare
-    from latent_diffusion_jax.train.sharding import make_mesh
+    from latent_diffusion_jax.evaluate.measure import Asked
 
-    if args.workdir or args.origin:
-        raise UserError("give one of --images (of any model) and --workdir or --from")
-    if args.channel is not None:
-        raise UserError("--images are measured by one process, on all of its devices")
-    if args.inception is None or not (args.reference or args.save_statistics):
-        raise UserError(
-            "--images takes --inception=FILE, and --reference=PATH or --save_statistics=FILE"
-        )
-    out = Path(args.out or f"{args.images.rstrip('/')}.evaluation.json")
-    found = compare(
-        args.images,
-        args.reference,
-        inception=load_inception(args.inception),
-        preparation=args.preparation,
-        out=out,
-        batch=args.batch,
-        mesh=make_mesh(),
-        save=args.save_statistics,
-    )
-    for name, value in found["measures"].items():
-        print(f"{name:20} {value:.6g}")
-    print(f"{found['protocol']['number']} images, {out}")
+    fields = {name: getattr(args, name) for name in Asked._fields if name != "out"}
+    if args.inception is not None:
+        fields["inception"] = load_inception(args.inception)
+    return Asked(**fields, out=Path(args.out or f"{place}.json"))
+
+
+def _lpips(args):
+    from latent_diffusion_jax.convert.lpips import load_lpips
+
+    return None if args.lpips is None else load_lpips(args.lpips.split(","))
 
 
 def _sampling(args, config) -> dict[str, Any]:

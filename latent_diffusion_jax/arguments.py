@@ -40,10 +40,16 @@ examples:
 examples:
   python -m latent_diffusion_jax evaluate --workdir=runs/shapes64/text --number=200
   python -m latent_diffusion_jax evaluate --workdir=runs/sr --sampler=dpmpp_2m --steps=20
+  python -m latent_diffusion_jax evaluate --workdir=runs/ldm --number=50000 --reference=train \\
+      --inception=pt_inception-2015-12-05-6726825d.pth
   python -m latent_diffusion_jax evaluate --images=runs/x/samples --reference=photos/ \\
       --inception=pt_inception-2015-12-05-6726825d.pth
+  python -m latent_diffusion_jax evaluate --workdir=runs/ae
+  python -m latent_diffusion_jax evaluate --compare a.json b.json
 On the data `shapes` samples are read back from their pixels; super-resolution and inpainting are
-measured on any images. Sets of images of any model are compared by FID and its kin.""",
+measured on any images. With --inception samples of any model, or images, are compared with others
+by FID and its kin. First stages are measured by what they reconstruct. Run the same command again
+to go on after a kill.""",
     "convert": """\
 examples:
   python -m latent_diffusion_jax convert --from=model.ckpt --workdir=runs/cin256
@@ -234,18 +240,29 @@ def make_parser(run: Mapping[str, Callable[..., int | None]]) -> argparse.Argume
     p.add_argument("--input", type=named, metavar="DIR", help="of images (the validation split)")
     p.add_argument("--out", type=png, metavar="FILE", help="(WORKDIR/reconstructions.png)")
 
-    p = verb("evaluate", "Measure a model on validation examples.")
+    p = verb("evaluate", "Measure a model, or images that are there.")
     add_sampling(p)
-    p.add_argument("--number", type=positive, default=200, metavar="N", help="(%(default)s)")
+    p.add_argument(
+        "--number", type=positive, metavar="N", help="(200; of a first stage: its validation split)"
+    )
     p.add_argument("--batch", type=positive, default=32, metavar="N", help="at once (%(default)s)")
     p.add_argument("--seed", type=seed, default=0, metavar="N", help="(%(default)s)")
     p.add_argument("--out", type=named, metavar="FILE", help="(WORKDIR/evaluation.json)")
-    about = p.add_argument_group("images that are there (folder or .npz batch)").add_argument
-    about("--images", type=named, metavar="PATH", help="instead of a model")
-    about("--reference", type=named, metavar="PATH", help="or .npz statistics (mu, sigma)")
+    about = p.add_argument_group("sets of images, by FID and its kin").add_argument
     about("--inception", type=named, metavar="FILE", help="FID's weights")
+    about("--images", type=named, metavar="PATH", help="a folder or .npz, instead of a model")
+    about(
+        "--reference",
+        type=named,
+        metavar="PATH",
+        help="the same, or .npz statistics (mu, sigma); train, validation: the model's own data",
+    )
     about("--preparation", default="torch-fidelity", metavar="NAME", help="or pytorch-fid")
-    about("--save_statistics", type=named, metavar="FILE", help="of --images, as a reference")
+    about("--save_statistics", type=named, metavar="FILE", help="of the images, as a reference")
+    about("--neighbours", type=positive, metavar="N", help="of N images, in the reference: copies?")
+    about = p.add_argument_group("more").add_argument
+    about("--lpips", type=named, metavar="FILE[,FILE]", help="its weights, of a first stage")
+    about("--compare", nargs="+", metavar="FILE", help="print results side by side")
 
     p = verb("convert", "Bring a published checkpoint in, or write one.")
     add_from(p, "a checkpoint file or a diffusers folder to bring in")

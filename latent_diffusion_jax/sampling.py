@@ -243,27 +243,32 @@ def generate(
     trained: Trained,
     mesh: Mesh,
     *,
-    inputs: Mapping[str, np.ndarray],
+    inputs: Mapping[str, np.ndarray] | Callable[[np.ndarray], Mapping[str, np.ndarray]],
     number: int,
     batch: int,
     seed: int,
+    start: int = 0,
     extras: Extras = PLAIN,
     **options: Any,
 ) -> Iterator[np.ndarray]:
-    """Yields images [b, H, W, 3] in [-1, 1], `number` of them in all, in order.
+    """Yields images [b, H, W, 3] in [-1, 1], `number` of them in all, in order, from `start` on.
 
-    `inputs` holds one row per image; `options` are `make_generate`'s. The batch is rounded up to a
-    multiple of the devices, which changes no image.
+    `inputs` holds one row per image, or makes the rows of some of them from their indices, where
+    memory does not hold all; `options` are `make_generate`'s. The batch is rounded up to a multiple
+    of the devices, which changes no image.
     """
     given = dict(config=trained.config, mesh=mesh, extras=extras)
     run = build.unpack("sample", make_generate, options, **given)
     rows = -(-min(batch, number) // mesh.size) * mesh.size
-    for start in range(0, number, rows):
-        indices = np.arange(start, start + rows)
+    for first in range(start, number, rows):
+        indices = np.arange(first, first + rows)
         wanted = np.minimum(indices, number - 1)  # the last batch is filled up
-        chosen = {name: values[wanted] for name, values in inputs.items()}
+        if callable(inputs):
+            chosen = dict(inputs(wanted))
+        else:
+            chosen = {name: values[wanted] for name, values in inputs.items()}
         images = run(trained.params, trained.frozen, chosen, jax.random.key(seed), indices)
-        yield with_known_pixels(np.asarray(images), chosen)[: number - start]
+        yield with_known_pixels(np.asarray(images), chosen)[: number - first]
 
 
 def with_known_pixels(images: Any, inputs: Mapping[str, Any], where: Callable = np.where) -> Any:

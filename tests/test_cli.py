@@ -125,7 +125,8 @@ def test_help_shows_the_options_of_one_verb_with_examples(verb, capsys):
         | {"--interpolate", "--window", "--tile"},
         "evaluate": {"--number", "--batch", "--seed", "--out", "--from", "--weights"}
         | {"--sampler", "--steps", "--timesteps", "--eta", "--scale"}
-        | {"--images", "--reference", "--inception", "--preparation", "--save_statistics"},
+        | {"--images", "--reference", "--inception", "--preparation", "--save_statistics"}
+        | {"--neighbours", "--lpips", "--compare"},
         "reconstruct": {"--number", "--batch", "--input", "--out", "--from", "--weights"},
         "convert": {"--from", "--to", "--weights", "--dtype"},
         "export": {"--from", "--to", "--weights", "--platforms", "--size", "--window"}

@@ -1,6 +1,7 @@
 """Several processes of one run on this machine, as on several hosts: through the command line."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -250,3 +251,47 @@ def test_who_does_not_come(tmp_path, capsys):
     line = mistake(capsys, *train, "--process=2")
     assert "give all of --coordinator=HOST:PORT, --processes=N and --process=I" in line
     assert not list(tmp_path.iterdir())
+
+
+SMALL_INCEPTION = """
+import sys
+import flax.linen as nn
+import jax
+import numpy as np
+from latent_diffusion_jax import __main__
+from latent_diffusion_jax.convert import inception
+from latent_diffusion_jax.evaluate import features
+
+features.WIDTHS = dict(pool=6, spatial=5, logits=4)
+
+class Small(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = x[:, ::23, ::23].reshape(len(x), -1)
+        return features.Features(*(nn.Dense(n)(x) for n in features.WIDTHS.values()))
+
+features.Inception = Small
+image = np.zeros((1, 299, 299, 3), np.float32)
+inception.load_inception = lambda path: Small().init(jax.random.key(0), image)["params"]
+sys.exit(__main__.main())
+"""
+
+
+def test_images_are_measured_by_all_processes(tmp_path):
+    """As by one, with a batch that is not full; the first process alone writes and speaks."""
+    for name, number in (("images", 21), ("reference", 30)):
+        rng = np.random.default_rng(number)
+        np.savez(tmp_path / f"{name}.npz", rng.integers(0, 256, (number, 8, 9, 3), np.uint8))
+    given = [f"--{name}={tmp_path}/{name}.npz" for name in ("images", "reference")]
+    command = ["evaluate", *given, "--inception=small.pth", "--batch=8"]
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.json"
+        started = start_all(processes, *command, f"--out={out}", program=("-c", SMALL_INCEPTION))
+        said = said_by(started, [0] * processes)
+        assert "fid" in said[0]
+        assert all("fid" not in other for other in said[1:])
+        found.append(json.loads(out.read_text())["measures"])
+    assert set(found[0]) > {"fid", "sfid", "kid", "is", "precision", "recall"}
+    for name, value in found[0].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)

@@ -1,9 +1,9 @@
-"""How a set of images compares with another: the table of `evaluate --images --reference`."""
+"""How a set of images compares with another, in Inception's features."""
 
-import json
+import itertools
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.evaluate import distances, features, sets
+from latent_diffusion_jax.evaluate.neighbours import Neighbours, find_neighbours
 
 NEIGHBOURS = 3
 NEAR = 10_000  # images of a set that neighbourhoods are of, at most: ADM's number
@@ -18,9 +19,18 @@ SUBSETS, SUBSET = 100, 1000  # of KID
 SPLITS = 10  # of the Inception Score
 
 
+class Compared(NamedTuple):
+    """measures: name -> number; protocol: how they came about; pace: of making the images."""
+
+    measures: dict[str, float]
+    protocol: dict[str, Any]
+    pace: float | None
+    neighbours: Neighbours | None
+
+
 def compare(
-    images: str,
-    reference: str | None,
+    images: sets.Images,
+    reference: sets.Images | sets.Statistics | None,
     *,
     inception: Any,
     preparation: str,
@@ -28,70 +38,75 @@ def compare(
     batch: int,
     mesh: Mesh,
     save: str | None = None,
-) -> dict[str, Any]:
-    """{"measures": name -> number, "protocol": how they came about}, also written to `out`.
+    neighbours: int = 0,
+) -> Compared | None:
+    """Of several processes all take part; the first one gets a result, and the others None.
 
     Args:
-      images, reference: a folder or a `.npz`, each; the reference may be statistics, which give FID
-        and sFID alone. Features lie in folders beside `out`, where the next run finds them.
+      images: what is measured.
+      reference: statistics give FID and sFID alone, None what takes no other set.
       inception: the parameters of `Inception`.
       preparation: one of PREPARATIONS.
+      out: features lie in folders beside it, where the next run finds them.
       save: a file for the statistics of `images`, to be a reference later.
+      neighbours: of so many images the nearest of the reference are found.
 
     Raises:
-      UserError: nothing to read, or too few images.
+      UserError: too few images, or neighbours in statistics.
     """
-    batch = -(-batch // mesh.size) * mesh.size
+    others = reference if isinstance(reference, sets.Images) else None
+    for found in (images, others):
+        if found is not None and found.number < 2:
+            raise UserError(f"{_name(found)} has one image; a set has two or more")
+    if neighbours and others is None:
+        raise UserError(f"--neighbours={neighbours} are of reference images, not of statistics")
     weights = {"inception": _digest(inception)}
     run = features.make_network(inception, mesh)
 
     def seen(found: sets.Images, name: str) -> features.Stored:
-        place = out.with_suffix(f".{name}")
         return features.store(
-            found, run, place, batch=batch, preparation=preparation, made_with=weights
+            found,
+            run,
+            out.with_suffix(f".{name}"),
+            batch=-(-batch // mesh.size) * mesh.size,
+            preparation=preparation,
+            made_with=weights,
         )
 
-    # both are opened before minutes are spent on one
-    shown, others, theirs = _open(images), None, {}
-    if reference is not None and sets.is_statistics(reference):
-        theirs = sets.read_statistics(reference)
-    elif reference is not None:
-        others = _open(reference)
-    ours = seen(shown, "images")
+    ours = seen(images, "images")
+    real = None if others is None else seen(others, "reference")
+    shown = list(itertools.islice(images.read(0), neighbours)) if neighbours else []
+    if jax.process_index():
+        return None
     moments = statistics(ours)
     if save is not None:
         sets.write_statistics(save, moments)
     measures = dict(zip(("is", "is_deviation"), _inception_score(ours)))
     protocol: dict[str, Any] = {
-        "images": images,
-        "reference": reference,
         "number": ours.number,
         "preparation": preparation,
         **weights,
         "is_splits": min(SPLITS, ours.number),
-        "jax": jax.__version__,
-        "devices": mesh.size,
     }
-    if others is not None:
-        real = seen(others, "reference")
+    theirs = reference if isinstance(reference, dict) else {}
+    nearest = None
+    if real is not None:
         theirs = statistics(real)
         measures |= _of_pairs(real, ours, protocol)
     for name, kind in (("fid", "pool"), ("sfid", "spatial")):
         if kind in theirs:
             measures[name] = distances.frechet_distance(*moments[kind], *theirs[kind])
-    found = {"measures": dict(sorted(measures.items())), "protocol": protocol}
-    out.write_text(json.dumps(found, indent=1))
-    return found
+    if shown and real is not None and others is not None:
+        nearest = find_neighbours(shown, ours.pool, others, real.pool)
+        measures |= nearest.measures
+    return Compared(dict(sorted(measures.items())), protocol, ours.pace, nearest)
 
 
-def _open(path: str) -> sets.Images:
-    found = sets.open_images(path)
-    if found.number < 2:
-        raise UserError(f"{path!r} has one image; a set has two or more")
-    return found
+def _name(images: sets.Images) -> str:
+    return repr(images.made_from.get("path") or images.made_from.get("split") or "the set")
 
 
-def statistics(stored: features.Stored) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def statistics(stored: features.Stored) -> sets.Statistics:
     """As `sets.write_statistics` takes them."""
     found = {name: stored.moments(name) for name in sets.MOMENTS}
     return {name: (m.mean, m.covariance) for name, m in found.items()}

@@ -170,6 +170,24 @@ def manifolds(real: np.ndarray, samples: np.ndarray, k: int = 3) -> Manifolds:
     )
 
 
+def nearest(x: np.ndarray, others: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each of [N, D] the k nearest of [M, D]: their distances and indices [N, k], nearest first.
+
+    `others` are read a few at a time.
+    """
+    distances, indices = np.empty((len(x), 0)), np.empty((len(x), 0), int)
+    x = x.astype(np.float64)
+    for start in range(0, len(others), ROWS):
+        part = others[start : start + ROWS].astype(np.float64)
+        squares = np.concatenate([rows for _, rows in _squared_distances(x, part)])
+        distances = np.concatenate([distances, np.sqrt(squares)], axis=1)
+        numbers = np.arange(start, start + len(part))
+        indices = np.concatenate([indices, np.broadcast_to(numbers, squares.shape)], axis=1)
+        order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+        distances, indices = (np.take_along_axis(a, order, axis=1) for a in (distances, indices))
+    return distances, indices
+
+
 def radii(x: np.ndarray, k: int) -> np.ndarray:
     """Squared distances [N] from each of [N, D] to its k-th nearest other."""
     found = np.empty(len(x))

@@ -27,11 +27,15 @@ HEADERS = {
 MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # of features, by their name
 
 
+Statistics = dict[str, tuple[np.ndarray, np.ndarray]]  # of `write_statistics`
+
+
 class Images(NamedTuple):
     """A set of images.
 
     number: how many.
-    read: start -> the images from there on, uint8 [H, W, 3], of any sizes.
+    read: start -> the images from there on, uint8 [H, W, 3], of any sizes. Where a model makes
+      them, all processes read together.
     made_from: what tells this set from another, for JSON.
     """
 
@@ -119,8 +123,12 @@ def _member(place: Path, name: str) -> Iterator[tuple[tuple[int, ...], np.dtype,
         yield shape, dtype, file
 
 
-def is_statistics(path: str) -> bool:
-    """Whether a file holds moments; those count, whatever images are beside them."""
+def open_reference(path: str) -> Images | Statistics:
+    """Statistics where a file holds them, whatever images are beside; images otherwise."""
+    return read_statistics(path) if _is_statistics(path) else open_images(path)
+
+
+def _is_statistics(path: str) -> bool:
     place = Path(path)
     if not place.is_file() or not zipfile.is_zipfile(place):
         return False
@@ -128,7 +136,7 @@ def is_statistics(path: str) -> bool:
         return f"{MOMENTS['pool'][0]}.npy" in archive.namelist()
 
 
-def read_statistics(path: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_statistics(path: str) -> Statistics:
     """Name of features, "pool" and perhaps "spatial" -> (mean [D], covariance [D, D]).
 
     Raises:
@@ -149,7 +157,7 @@ def read_statistics(path: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def write_statistics(path: str, moments: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+def write_statistics(path: str, moments: Statistics) -> None:
     """What `read_statistics` reads, in one file."""
     arrays: dict[str, Any] = {}
     for name, pair in moments.items():

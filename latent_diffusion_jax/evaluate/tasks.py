@@ -43,7 +43,8 @@ def evaluate(
     if config.data.source.name != "shapes" and kind not in ANY_IMAGES:
         raise UserError(
             f"evaluate reads samples on the data 'shapes', of {config.data.source.name!r} only"
-            f" those of conditioning {' and '.join(ANY_IMAGES)}, not {kind!r}"
+            f" those of conditioning {' and '.join(ANY_IMAGES)}, not {kind!r}: give"
+            " --inception=FILE and --reference=train, to measure any samples by FID"
         )
     if kind not in MEASURES:
         raise UserError(f"evaluate has no measure for conditioning {kind!r}")
@@ -60,14 +61,24 @@ def evaluate(
 
 def validation_examples(config: Any, number: int) -> list[dict]:
     """The first of the validation split, cut to size, with the conditioner's inputs."""
-    source, prepare = build.source(config, "validation"), build.prepare(config)
-    examples = []
-    for i in range(min(number, len(source))):
+    source, example = build.source(config, "validation"), make_example(config)
+    return [example(source, i) for i in range(min(number, len(source)))]
+
+
+def make_example(config: Any) -> Callable[[Sequence, int], dict]:
+    """Gives example(source, i), cut to size, with the conditioner's inputs; in turn behind the end.
+
+    What is drawn for it, such as a mask, depends on the config's seed and i.
+    """
+    prepare, size = build.prepare(config), config.data.image_size
+
+    def example(source: Sequence, i: int) -> dict:
         generator = np.random.default_rng([config.seed, i])
-        size = config.data.image_size
-        example = cut(source[i], generator, center_square, size, flip=False, prepare=prepare)
-        examples.append({**example, "image": to_uint8(example["image"])})
-    return examples
+        of = source[i % len(source)]
+        found = cut(of, generator, center_square, size, flip=False, prepare=prepare)
+        return {**found, "image": to_uint8(found["image"])}
+
+    return example
 
 
 def _scenes(images: np.ndarray, examples: Examples) -> Measures:

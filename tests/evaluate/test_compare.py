@@ -19,6 +19,10 @@ DIMS = {"pool": 6, "spatial": 5, "logits": 4}
 @pytest.fixture
 def network(monkeypatch):
     """A stand-in for Inception, and how many images it was shown: means over patches."""
+    return stand_in(monkeypatch)
+
+
+def stand_in(monkeypatch):
     monkeypatch.setattr(features, "WIDTHS", DIMS)
     shown = []
 
@@ -51,36 +55,37 @@ def folder(place, images):
 
 def compare(tmp_path, images, reference, **options):
     given = {"inception": {}, "preparation": "pytorch-fid", "batch": 4, "mesh": make_mesh()}
-    return module.compare(images, reference, out=tmp_path / "found.json", **{**given, **options})
+    theirs = sets.open_reference(reference) if reference else None
+    out = tmp_path / "found.json"
+    return module.compare(sets.open_images(images), theirs, out=out, **{**given, **options})
 
 
 def test_a_set_is_at_no_distance_from_itself_and_far_from_noise(tmp_path, network):
     some = folder(tmp_path / "some", pictures(30) // 4)
     np.savez(tmp_path / "same.npz", pictures(30) // 4)
-    same = compare(tmp_path, some, str(tmp_path / "same.npz"))["measures"]
+    same = compare(tmp_path, some, str(tmp_path / "same.npz")).measures
     far = compare(tmp_path, some, folder(tmp_path / "noise", pictures(40, 1)))
     assert abs(same["fid"]) < 1e-6
     assert abs(same["sfid"]) < 1e-6
     assert (same["precision"], same["recall"], same["coverage"]) == (1, 1, 1)
-    assert far["measures"]["fid"] > 100
-    assert far["measures"]["precision"] == 0
-    assert far["protocol"]["number"] == 30
-    assert far["protocol"]["reference_number"] == 40
-    assert json.loads((tmp_path / "found.json").read_text()) == far
+    assert far.measures["fid"] > 100
+    assert far.measures["precision"] == 0
+    assert far.protocol["number"] == 30
+    assert far.protocol["reference_number"] == 40
 
 
 def test_statistics_go_out_and_come_back(tmp_path, network):
     some, other = (folder(tmp_path / n, pictures(20, i)) for i, n in enumerate(("a", "b")))
-    direct = compare(tmp_path, some, other)["measures"]
+    direct = compare(tmp_path, some, other).measures
     compare(tmp_path, other, None, save=str(tmp_path / "b.npz"))
-    stored = compare(tmp_path, some, str(tmp_path / "b.npz"))["measures"]
+    stored = compare(tmp_path, some, str(tmp_path / "b.npz")).measures
     assert stored["fid"] == direct["fid"]
     assert stored["sfid"] == direct["sfid"]
     assert "kid" not in stored
     # pytorch-fid's own have no sFID
     with np.load(tmp_path / "b.npz") as arrays:
         np.savez(tmp_path / "short.npz", mu=arrays["mu"], sigma=arrays["sigma"])
-    short = compare(tmp_path, some, str(tmp_path / "short.npz"))["measures"]
+    short = compare(tmp_path, some, str(tmp_path / "short.npz")).measures
     assert short["fid"] == direct["fid"]
     assert "sfid" not in short
 
@@ -147,7 +152,7 @@ def test_images_of_any_sizes_share_a_set(tmp_path, network):
     folder(place, pictures(5))
     Image.fromarray(pictures(1, 2, (64, 9))[0]).save(place / "tall.png")
     found = compare(tmp_path, str(place), None, save=str(tmp_path / "s.npz"))
-    assert found["protocol"]["number"] == 6
+    assert found.protocol["number"] == 6
 
 
 def test_mistakes_are_told(tmp_path):
