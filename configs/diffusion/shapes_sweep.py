@@ -4,11 +4,13 @@ python -m latent_diffusion_jax encode --config=configs/diffusion/shapes_sweep.py
     --workdir=runs/sweep/ldm8 --config.run.first_stage=runs/sweep/ae8
 python -m latent_diffusion_jax train (the same arguments)
 
-Arguments: `:1` (no first stage, nothing to encode), `:2`, `:4` (so without an argument) and `:8`, on
-`configs/first_stage/shapes.py:f2`, without an argument, `:f8`; and `:tiny`, as in `:8,tiny` (a
-smoke run). The demo's UNet with half of its channels, the same for all f, at a constant learning rate, as section
-4.1 of the paper has them; steps are fewer where they cost more. Averages are stored, so that quality can be
-measured along the training. Run by `launch/experiments/compression.sh`; results: docs/experiments.md.
+Arguments: `:1` (no first stage, nothing to encode), `:2`, `:4` (so without an argument) and `:8`,
+on `configs/first_stage/shapes.py` with `:f2`, without an argument and with `:f8`; and `:tiny`, as
+in `:8,tiny` (a smoke run).
+The demo's UNet with half of its channels, the same for all f, at a constant learning rate, as in
+section 4.1 of the paper; steps are fewer where they cost more. Averages are stored, so that quality
+can be measured along the training. Run by `launch/experiments/compression.sh`; results:
+docs/experiments.md.
 """
 
 from configs import sections

@@ -2,7 +2,7 @@
 
 python -m latent_diffusion_jax train --config=configs/first_stage/shapes.py --workdir=runs/shapes/ae
 
-Arguments: `:vq` (VQ instead of KL, 512 codes), `:f2` and `:f8` (f = 2, 8), also together (`:vq,f8`),
+Arguments: `:vq` (VQ instead of KL, 512 codes), `:f2` and `:f8` (f = 2 and 8; with VQ: `:vq,f8`),
 `:tiny` (a smoke run of seconds).
 The published architecture, with few channels. The paper has no such row; cost and quality reached
 are in the README.
