@@ -17,7 +17,7 @@ from configs import sections
 from configs.diffusion import shapes
 from configs.first_stage import shapes as first_stage
 
-STEPS = {"1": 80, "2": 200, "4": 700, "8": 1_200}
+STEPS = {"1": 48, "2": 200, "4": 700, "8": 1_200}
 
 
 def factor(f):
