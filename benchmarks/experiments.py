@@ -31,6 +31,7 @@ import jax
 import numpy as np
 
 from latent_diffusion_jax import build, pipeline, sampling
+from latent_diffusion_jax.bench import measures
 from latent_diffusion_jax.bench.report import digits
 from latent_diffusion_jax.convert.inception import load_inception
 from latent_diffusion_jax.data.transforms import to_uint8
@@ -43,6 +44,7 @@ from latent_diffusion_jax.train.sharding import make_mesh
 
 BATCH, SEED, SIDE = 24, 0, 8
 CURVE = 4  # points of a training
+ALONG, ENDS = 20, (5, 10, 50)  # steps of sampling there, and further ones of its end
 LENGTH = 0.1  # of the averages that a training's points are measured with
 SAMPLERS = {  # name -> sampler and its options
     "DDIM": ("ddim", {"eta": 0.0}),
@@ -177,6 +179,8 @@ def compression(args, rows: Rows) -> None:
     for workdir in args.workdirs:
         model = open_model(args, workdir)
         f = build.first_stage(model.trained.config).factor
+        config = model.trained.config
+        cost = {n: sampling_flops(config, n) for n in (*ENDS, ALONG)}
         about = {**model.about, "f": f}
         run = functools.cache(lambda steps, model=model: make_run(model, steps=steps))
         for part in range(1, CURVE + 1):
@@ -185,18 +189,32 @@ def compression(args, rows: Rows) -> None:
             def on_the_way(at=at, model=model, run=run):
                 there = nearest(model.workdir, at)
                 params = pipeline.load(model.workdir, model.mesh, LENGTH, there).params
-                cost = training_flops(model.workdir, model.trained.config, there)
-                return {"at": there, "training_tflop": cost, **measure(model, run(20), params)}
+                spent = training_flops(model.workdir, model.trained.config, there)
+                return {"at": there, "training_tflop": spent, **measure(model, run(ALONG), params)}
 
-            rows.add({**about, "part": f"{part}/{CURVE}", "steps": 20}, on_the_way)
+            rows.add(
+                {
+                    **about,
+                    "part": f"{part}/{CURVE}",
+                    "steps": ALONG,
+                    "sampling_gflop": cost[ALONG],
+                },
+                on_the_way,
+            )
         params = functools.cache(
             lambda model=model: pipeline.load(model.workdir, model.mesh, LENGTH).params
         )
-        for steps in (5, 10, 50):
+        for steps in ENDS:
             rows.add(
-                {**about, "part": "end", "steps": steps},
+                {**about, "part": "end", "steps": steps, "sampling_gflop": cost[steps]},
                 lambda m=model, run=run, params=params, n=steps: measure(m, run(n), params()),
             )
+
+
+def sampling_flops(config: Any, steps: int) -> float:
+    """GFLOP of an image: the network, twice where there is guidance, and decoding."""
+    passes = steps * (1 if config.sample.scale == 1 else 2)
+    return (passes * measures.unet_flops(config) + measures.decode_flops(config)) / 1e9
 
 
 def nearest(workdir: str, step: int) -> int:
@@ -308,9 +326,9 @@ def draw_compression(axes: Sequence[Any], rows: Sequence[Row]) -> None:
     for f, own in groups(rows, "f").items():
         line(axes[0], [r for r in own if "at" in r], "training_tflop", "class", label=f"f = {f}")
         ends = [r for r in own if r["part"] in ("end", f"{CURVE}/{CURVE}")]
-        line(axes[1], ends, "images_per_second", "class", label=f"f = {f}")
+        line(axes[1], ends, "sampling_gflop", "class", label=f"f = {f}")
     axes[0].set(xscale="log", xlabel="training, TFLOP", ylabel="class right")
-    axes[1].set(xscale="log", xlabel="sampling, images/s (50, 20, 10, 5 steps)")
+    axes[1].set(xscale="log", xlabel="sampling, GFLOP an image")
 
 
 def draw_steps(axes: Sequence[Any], rows: Sequence[Row]) -> None:
@@ -328,10 +346,11 @@ def draw_against(name: str, axes: Sequence[Any], rows: Sequence[Row]) -> None:
     for measured in ("class", "precision", "recall", "spread"):
         line(axes[0], rows, name, measured, label=measured)
     axes[0].set(xlabel=name)
-    axes[1].plot(*np.transpose([(r["recall"], r["precision"]) for r in rows]), "o-", label=name)
+    axes[1].plot(*np.transpose([(r["spread"], r["class"]) for r in rows]), "o-", label=name)
     for row in rows:
-        axes[1].annotate(f"{row[name]:g}", (row["recall"], row["precision"]))
-    axes[1].set(xlabel="recall", ylabel="precision")
+        place = (row["spread"], row["class"])
+        axes[1].annotate(f"{row[name]:g}", place, xytext=(4, 4), textcoords="offset points")
+    axes[1].set(xlabel="spread", ylabel="class right")
 
 
 def draw_first_stages(axes: Sequence[Any], rows: Sequence[Row]) -> None:
@@ -347,7 +366,7 @@ EXPERIMENTS: dict[str, tuple[Callable, Callable, tuple[str, ...]]] = {
     "compression": (
         compression,
         draw_compression,
-        ("f", "part", "at", "steps", "training_tflop", *COMMON),
+        ("f", "part", "at", "steps", "training_tflop", "sampling_gflop", *COMMON),
     ),
     "steps": (steps, draw_steps, ("sampler", "steps", *COMMON)),
     "guidance": (guidance, functools.partial(draw_against, "scale"), ("scale", *COMMON)),

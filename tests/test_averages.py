@@ -15,7 +15,6 @@ PIXELS = [
     f"{DIFFUSION}:pixels",
     *without(SMALL, "--config.first_stage."),
     *SMALL_UNET,
-    "--config.data.source.image_size=16",
     "--config.data.image_size=16",
     "--config.run.image_every=0",
     "--config.run.snapshot_every=1",
