@@ -172,3 +172,11 @@ def test_step_that_is_not_finite_leaves_the_averages():
     new, metrics = jax.jit(objective.train_step)(state, toy.FROZEN, bad, jax.random.key(0))
     assert metrics["finite"] == 0
     toy.assert_same_bits(new.averages, state.averages)
+
+
+def test_a_training_from_weights_begins_with_their_average():
+    params = {"head": {"c": jnp.ones((512, 1))}}
+    state = toy.make(ema_lengths=LENGTHS, ema_networks=("head",)).start(
+        params, params, jax.random.key(0)
+    )
+    toy.assert_same_bits(state.averages, (params,))
