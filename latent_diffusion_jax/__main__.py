@@ -4,6 +4,7 @@ Verbs are a few lines each and import what they need, so that `--help` and mista
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -128,7 +129,7 @@ def train(args) -> int:
 
     from latent_diffusion_jax.config import to_json
     from latent_diffusion_jax.phases import make_phase
-    from latent_diffusion_jax.train import loop
+    from latent_diffusion_jax.train import averages, loop
     from latent_diffusion_jax.train.checkpoint import Checkpointer, check_config, write_config
     from latent_diffusion_jax.train.metrics import Writer, plot_curves
     from latent_diffusion_jax.train.trace import Trace
@@ -139,7 +140,15 @@ def train(args) -> int:
     phase = make_phase(config, args.workdir, mesh)
     run = config.run
     trace = Trace(f"{args.workdir}/profile", run.get("profile", (0, 0)))
-    with contextlib.closing(Checkpointer(args.workdir, keep=run.keep)) as checkpointer:
+    lengths = config.train.get("ema_lengths", ())
+    with contextlib.ExitStack() as stack:
+        checkpointer = Checkpointer(args.workdir, keep=run.keep)
+        stack.enter_context(contextlib.closing(checkpointer))
+        snapshot = None
+        if lengths:
+            stored = Checkpointer(averages.folder(args.workdir), keep=None)
+            stack.enter_context(contextlib.closing(stored))
+            snapshot = functools.partial(averages.write, stored, lengths=lengths)
         write_config(args.workdir, to_json(config))
         try:
             state = loop.train(
@@ -153,6 +162,8 @@ def train(args) -> int:
                 eval_every=run.eval_every,
                 image_every=run.image_every,
                 checkpoint_every=run.checkpoint_every,
+                snapshot_every=run.get("snapshot_every", 0),
+                snapshot=snapshot,
                 accumulate=config.train.accumulate,
                 max_skipped=run.max_skipped,
                 trace=trace,
@@ -179,13 +190,15 @@ def encode(args) -> None:
     print(f"latents in {args.workdir}/latents, latent scale {scale:.4f}")
 
 
-def _trained(args, phase: str | None = None):
+def _trained(args, phase: str | None = None, ema_length: float | None = None):
     from latent_diffusion_jax import build, pipeline
     from latent_diffusion_jax.config import stored_config
     from latent_diffusion_jax.train.sharding import make_mesh
 
     if (args.workdir is None) == (args.origin is None):
         raise UserError("give one of --workdir=DIR and --from=CHECKPOINT")
+    if args.origin and ema_length is not None:
+        raise UserError("--ema_length is of a --workdir that stored averages, not of --from")
     if args.origin:
         return _from_checkpoint(args, phase)
     config = _config(args)
@@ -199,7 +212,7 @@ def _trained(args, phase: str | None = None):
     if phase and config.phase != phase:
         raise UserError(f"{args.workdir!r} holds phase {config.phase!r}; this takes {phase!r}")
     mesh = build.unpack("mesh", make_mesh, config.mesh)
-    return pipeline.load(args.workdir, mesh)._replace(config=config), mesh
+    return pipeline.load(args.workdir, mesh, ema_length)._replace(config=config), mesh
 
 
 def _from_checkpoint(args, phase: str | None):
@@ -239,7 +252,7 @@ def sample(args) -> None:
     from latent_diffusion_jax import pipeline, sampling
     from latent_diffusion_jax.inputs import OPTIONS, read_inputs
 
-    trained, mesh = _trained(args, "diffusion")
+    trained, mesh = _trained(args, "diffusion", args.ema_length)
     options = _sampling(args, trained.config)
     wanted = {option: getattr(args, option) for option in OPTIONS}
     given = read_inputs(trained.config, wanted, trained.class_names)
@@ -270,6 +283,7 @@ def sample(args) -> None:
         **{option: text for option, text in wanted.items() if text is not None},
         "step": trained.step,
         "seed": args.seed,
+        **_length(args),
         **options,
         "options": dict(options["options"]),
         **{name: value for name, value in extras.items() if value is not None},
@@ -292,7 +306,7 @@ def evaluate(args) -> None:
             raise UserError("give one of --images (of any model) and --workdir or --from")
         print(measure.images(args.images, _features(args, f"{args.images.rstrip('/')}.evaluation")))
         return
-    trained, mesh = _trained(args)
+    trained, mesh = _trained(args, None, args.ema_length)
     about = {"of": args.workdir or args.origin, "step": trained.step}
     here = Path(args.workdir or ".")
     if trained.config.phase == "first_stage":
@@ -301,7 +315,8 @@ def evaluate(args) -> None:
         return
     if args.lpips is not None:
         raise UserError(f"--lpips={args.lpips} is of a first stage's reconstructions")
-    about["weights"] = "ema" if args.workdir else args.weights
+    average = "ema" if args.ema_length is None else f"ema of length {args.ema_length:g}"
+    about["weights"] = average if args.workdir else args.weights
     options = {**_sampling(args, trained.config), "seed": args.seed}
     if args.inception is not None:
         asked = _features(args, here / "samples.evaluation")
@@ -344,6 +359,10 @@ def _sampling(args, config) -> dict[str, Any]:
     return options
 
 
+def _length(args) -> dict[str, float]:
+    return {} if args.ema_length is None else {"ema_length": args.ema_length}
+
+
 def reconstruct(args) -> None:
     """Writes originals above reconstructions, and prints how alike they are."""
     from latent_diffusion_jax import pipeline
@@ -362,7 +381,7 @@ def export(args) -> None:
     from latent_diffusion_jax import sampling
     from latent_diffusion_jax.export import export
 
-    trained, _ = _trained(args, "diffusion")
+    trained, _ = _trained(args, "diffusion", args.ema_length)
     extras = {n: getattr(args, n) for n in ("interval", "threshold", "window")}
     export(
         trained,

@@ -201,6 +201,7 @@ def make_parser(run: Mapping[str, Callable[..., int | None]]) -> argparse.Argume
         about("--timesteps", metavar="NAME", help="which steps: uniform, trailing, karras ...")
         about("--eta", type=finite, metavar="X", help="of ddim: 0 is none, 1 as ddpm's noise")
         about("--scale", type=finite, metavar="X", help="guidance; 1 is none")
+        about("--ema_length", type=finite, metavar="X", help="of averages, made of stored ones")
         return about
 
     def add_extras(about):

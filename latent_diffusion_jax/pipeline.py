@@ -3,6 +3,7 @@
 `load` gives the config, the averaged weights and the latent scale.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ from latent_diffusion_jax.data.loader import make_loader
 from latent_diffusion_jax.data.transforms import to_uint8
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.first_stage.quality import quality
+from latent_diffusion_jax.train import averages
 from latent_diffusion_jax.train.checkpoint import Checkpointer
 from latent_diffusion_jax.train.metrics import Progress, grid
 from latent_diffusion_jax.train.sharding import (
@@ -55,14 +57,22 @@ class Trained(NamedTuple):
     step: int
 
 
-def load(workdir: str, mesh: Mesh) -> Trained:
+def load(
+    workdir: str, mesh: Mesh, ema_length: float | None = None, at: int | None = None
+) -> Trained:
     """Reads a workdir of either phase, laid out on a mesh.
+
+    With `ema_length`, averages of that length are made of those that training stored, up to step
+    `at` (default: the last stored). Networks that are not averaged are the newest checkpoint's.
 
     Raises:
       UserError: nothing usable is there.
     """
     config = stored_config(workdir)
     params, (step, meta) = load_params(config, workdir, mesh)
+    if ema_length is not None:
+        averaged, step = _averaged(config, workdir, mesh, ema_length, at)
+        params |= averaged
     if config.phase == "first_stage":
         return Trained(config, params, {}, None, step)
     frozen = {
@@ -72,6 +82,25 @@ def load(workdir: str, mesh: Mesh) -> Trained:
     }
     names = meta["class_names"]
     return Trained(config, params, frozen, tuple(names) if names else None, step)
+
+
+def _averaged(
+    config: ConfigDict, workdir: str, mesh: Mesh, length: float, at: int | None
+) -> tuple[dict[str, Any], int]:
+    """Averages of a length, by network, and their step."""
+    lengths = config.train.get("ema_lengths", ())
+    place = averages.folder(workdir)
+    if not lengths or not (epath.Path(place) / "checkpoints").exists():
+        raise UserError(
+            f"{workdir} has no stored averages to make some of length {length:g}: train with"
+            " --config.train.ema_lengths=(0.05,0.1)"
+        )
+    shapes = lay_out(build.param_shapes(config), mesh)
+    networks = init_ema(shapes, config.train.ema_networks)
+    with contextlib.closing(Checkpointer(place, read_only=True)) as stored:
+        found, step, error = averages.synthesise(stored, networks, lengths, length, at)
+    print(f"averages of length {length:g} at step {step}: error of the profile {error:.2g}")
+    return found, step
 
 
 def load_frozen(

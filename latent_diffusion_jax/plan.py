@@ -63,7 +63,7 @@ def state_bytes(step: Step, mesh: AnyMesh) -> dict[str, int]:
     parts = {
         "parameters": step.state.params,
         "optimizer": step.state.opt_state,
-        "ema": step.state.ema,
+        "ema": (step.state.ema, step.state.averages),
         "frozen": step.frozen,
     }
     return {name: bytes_per_device(tree, mesh) for name, tree in parts.items()}

@@ -122,14 +122,15 @@ def test_help_shows_the_options_of_one_verb_with_examples(verb, capsys):
         | {"--timesteps", "--eta", "--seed", "--out", "--from", "--weights", "--size"}
         | {"--prompt", "--layout", "--segmentation", "--image", "--mask", "--embeddings"}
         | {"--interval", "--threshold", "--strength", "--guide", "--guide_scale"}
-        | {"--interpolate", "--window", "--tile"},
+        | {"--interpolate", "--window", "--tile", "--ema_length"},
         "evaluate": {"--number", "--batch", "--seed", "--out", "--from", "--weights"}
-        | {"--sampler", "--steps", "--timesteps", "--eta", "--scale"}
+        | {"--sampler", "--steps", "--timesteps", "--eta", "--scale", "--ema_length"}
         | {"--images", "--reference", "--inception", "--preparation", "--save_statistics"}
         | {"--neighbours", "--lpips", "--compare"},
         "reconstruct": {"--number", "--batch", "--input", "--out", "--from", "--weights"},
         "convert": {"--from", "--to", "--weights", "--dtype"},
         "export": {"--from", "--to", "--weights", "--platforms", "--size", "--window"}
+        | {"--ema_length"}
         | {"--sampler", "--steps", "--timesteps", "--eta", "--scale", "--interval", "--threshold"},
         "describe": {"--json", "--arrays", "--devices", "--kind", "--compile"},
         "bench": {"--size", "--what", "--batch", "--dtype", "--turns", "--peers", "--json"},
@@ -210,6 +211,8 @@ TRAINING = [
     ("train.accumulate=3", "train.batch_size 8 .* 8 devices x train.accumulate 3"),
     ("train.accumulate=0", "train.accumulate 0 must be at least 1"),
     ("train.ema_networks=('unet',)", "ema_networks 'unet'; one of autoencoder"),
+    ("train.ema_lengths=(0.1,)", "ema_lengths need networks to average: set ema_networks"),
+    ("train.ema_lengths=(0.5,)", "a length of averages of 0.5; choose from above 0 to 0.289"),
     ("run.steps=0", "run.steps 0 must be at least 1"),
     ("run.keep=0", "keep=0: at least one checkpoint must stay"),
 ]

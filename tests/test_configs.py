@@ -22,7 +22,7 @@ FILES = [
 VARIANTS = [
     (path.relative_to(ROOT).as_posix(), argument)
     for path in FILES
-    for argument in ("", "tiny", "vq", "gan", "pixels", *TASKS)
+    for argument in ("", "tiny", "vq", "gan", "pixels", "f2", "f8", *TASKS)
     if not argument
     or f'"{argument}":' in path.read_text()
     or (argument in TASKS and "tasks.make" in path.read_text())

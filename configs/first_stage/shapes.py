@@ -2,7 +2,8 @@
 
 python -m latent_diffusion_jax train --config=configs/first_stage/shapes.py --workdir=runs/shapes/ae
 
-Arguments: `:vq` (VQ instead of KL, 512 codes), `:tiny` (a smoke run of seconds).
+Arguments: `:vq` (VQ instead of KL, 512 codes), `:f2` and `:f8` (f = 2 and 8; with VQ: `:vq,f8`),
+`:tiny` (a smoke run of seconds).
 The published architecture, with few channels. The paper has no such row; cost and quality reached
 are in the README.
 """
@@ -24,6 +25,7 @@ NETWORK = dict(
 KL = dict(kind="kl", **NETWORK)
 VQ = dict(kind="vq", codebook_size=512, **NETWORK)
 TINY = {"first_stage.channels": 8, "first_stage.channel_mult": (1, 1, 1)}
+FACTORS = {"2": (1, 2), "4": (1, 2, 2), "8": (1, 2, 2, 2)}  # f -> multipliers of channels
 STEPS = 1_200
 
 
@@ -42,6 +44,8 @@ def get_config(arg=""):
                     restart_after=0,
                 ),
             },
+            "f2": {"first_stage.channel_mult": FACTORS["2"]},
+            "f8": {"first_stage.channel_mult": FACTORS["8"]},
             "tiny": {**TINY, **sections.TINY_RUN, "train.batch_size": 8},
         },
         phase="first_stage",

@@ -46,6 +46,8 @@ def _items(state: TrainState) -> dict[str, Any]:
         (rest if name in TRAINING_ONLY else weights)[name] = tree
     if state.buffers:
         rest["buffers"] = state.buffers
+    if state.averages:
+        rest["averages"] = state.averages
     return {"weights": {"params": weights, "ema": state.ema}, "optimizer": rest}
 
 
@@ -61,18 +63,18 @@ def _one_line(error: BaseException) -> str:
 
 
 class Checkpointer:
-    """The checkpoints of one working directory, of which the last `keep` stay.
+    """The checkpoints of one working directory, of which the last `keep` stay (None: all).
 
     A read-only one (sampling beside a running training) changes nothing on disk.
     """
 
-    def __init__(self, workdir: str, *, keep: int = 3, read_only: bool = False):
+    def __init__(self, workdir: str, *, keep: int | None = 3, read_only: bool = False):
         self._workdir = epath.Path(workdir)
         self._directory = self._workdir / "checkpoints"
         self._read_only = read_only
         if read_only and not self._directory.exists():
             raise UserError(f"no checkpoints in {self._workdir}: train there first")
-        if keep < 1:
+        if keep is not None and keep < 1:
             raise UserError(f"keep={keep}: at least one checkpoint must stay")
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
@@ -135,6 +137,27 @@ class Checkpointer:
         for step, read, meta in self._good_steps({"weights": _items(abstract)["weights"]}):
             return step, TrainState(jnp.int32(step), opt_state=(), **read["weights"]), meta
         return None
+
+    def read_weights(self, step: int, abstract: Params) -> Params:
+        """The `params` of one step that `save_weights` wrote.
+
+        Raises:
+          UserError: it is broken, or of another model.
+        """
+        items = {"weights": {"params": abstract, "ema": {}}}
+        try:
+            sealed = self._read_meta(step)
+            self._check_layout(step, sealed["layout"], items)
+            return self._read_arrays(step, items, sealed["checksums"])["weights"]["params"]
+        except _BrokenError as error:
+            where = self._directory / str(step)
+            raise UserError(f"{where} is broken ({error}): remove it to do without") from error
+
+    @property
+    def steps(self) -> list[int]:
+        """Those that are completely written, in order."""
+        self.wait()
+        return sorted(self._manager.all_steps())
 
     @property
     def last_good_step(self) -> int | None:

@@ -233,6 +233,8 @@ def train(
     meta: Mapping[str, Any],
     evaluate: Callable[[TrainState], Values] | None = None,
     visualise: Callable[[TrainState, int], Mapping[str, np.ndarray]] | None = None,
+    snapshot_every: int = 0,
+    snapshot: Callable[[int, TrainState], None] | None = None,
     signs: Signs = lambda means: {},
     accumulate: int = 1,
     max_skipped: int = 10,
@@ -256,14 +258,15 @@ def train(
       eval_every: steps between calls of `evaluate(state)`, whose values are logged as they are.
       image_every: steps between calls of `visualise(state, step)` -> name: [N, H, W, C].
       checkpoint_every: steps between checkpoints. An interval of 0 is never, but evaluation,
-        pictures and a checkpoint always end the run.
+        pictures, a snapshot and a checkpoint always end the run.
       meta: JSON stored in every checkpoint, beside `data` and `window`, which are added here.
+      snapshot_every: steps between calls of `snapshot(step, state)`, before a checkpoint.
       signs: averages -> lines on what goes wrong, by a short name; each is printed when it appears.
       accumulate: that of the objective, to count FLOPs.
       max_skipped: a step whose loss or gradient is not finite is skipped and counted; so many in a
         row end the run.
       report: called with the step and what the host does for it: "compile", "data" (waits for a
-        batch), "compute" (waits for the devices), "evaluate", "images" or "checkpoint".
+        batch), "compute" (waits for the devices), "evaluate", "images", "snapshot" or "checkpoint".
       trace: of the profiler, for some steps.
 
     Raises:
@@ -294,6 +297,8 @@ def train(
         pauses["evaluate"] = eval_every, lambda n, s: writer.scalars(n, evaluate(s))
     if visualise is not None:
         pauses["images"] = image_every, lambda n, s: writer.images(n, visualise(s, n))
+    if snapshot is not None:
+        pauses["snapshot"] = snapshot_every, snapshot
     pauses["checkpoint"] = checkpoint_every, save
 
     writer.start(start)
@@ -336,7 +341,8 @@ def train(
                 due = [
                     n for n, (every, _) in pauses.items() if step == steps or _is_due(step, every)
                 ]
-                due = ["checkpoint"] if signal else due
+                if signal:  # a resumed run does not come by this step's snapshot again
+                    due = [*(name for name in due if name == "snapshot"), "checkpoint"]
                 if due:
                     log.flush()  # so that the window, and the log before a picture, are complete
                     for name in due:

@@ -11,7 +11,10 @@ from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.train.state import (
     Params,
     TrainState,
+    ema_decay_at,
     init_ema,
+    power_exponent,
+    power_rate_at,
     sampling_params,
     update_ema,
 )
@@ -120,24 +123,43 @@ def make_objective(
     accumulate: int = 1,
     ema_decay: float = 0.9999,
     ema_networks: Sequence[str] = (),
+    ema_lengths: Sequence[float] = (),
 ) -> Objective:
     """Makes the objective of a phase.
+
+    With `ema_lengths` averages have power-function profiles of these lengths (`averages.py`), the
+    first of which is what evaluation uses, and `ema_decay` has no say.
 
     `optimizers` has one for each network. To the criterion's metrics, which hold loss, the step
     adds grad_norm_NAME of each network (before clipping), finite and, with `lr_at(step)`, lr.
     Evaluation uses the averaged weights where there are some.
 
     Raises:
-      UserError: from `init`, an `ema_networks` name that is not trained; from the step, a batch
-        that does not divide by `accumulate`.
+      UserError: a length that no profile has, or is there twice; from `init`, an `ema_networks`
+        name that is not trained; from the step, a batch that does not divide by `accumulate`.
     """
+    gammas = [power_exponent(length) for length in ema_lengths]
+    if len(set(gammas)) < len(gammas):
+        raise UserError(f"ema_lengths {tuple(ema_lengths)} must differ")
+    if gammas and not ema_networks:
+        raise UserError("ema_lengths need networks to average: set ema_networks")
+
+    def rates(n: jax.Array) -> list[jax.Array]:
+        if not gammas:
+            return [1 - ema_decay_at(n, ema_decay)]
+        return [power_rate_at(n, gamma) for gamma in gammas]
 
     def start(params: Params, ema: Params, key: jax.Array) -> TrainState:
         if params.keys() != optimizers.keys():  # a discriminator does not come with weights
             params = {**init_params(key), **params}
         opt_state = {name: optimizers[name].init(tree) for name, tree in params.items()}
         return TrainState(
-            jnp.zeros((), jnp.int32), params, opt_state, ema, criterion.init_buffers()
+            jnp.zeros((), jnp.int32),
+            params,
+            opt_state,
+            ema,
+            criterion.init_buffers(),
+            averages=(ema,) * len(gammas[1:]),
         )
 
     def init(key: jax.Array) -> TrainState:
@@ -167,13 +189,16 @@ def make_objective(
                 )
                 params[name] = optax.apply_updates(params[name], updates)
         params, buffers = criterion.revise(params, buffers)
-        ema = update_ema(state.ema, params, state.step + 1, ema_decay)
+        ema, *averages = (
+            update_ema(old, params, rate)
+            for old, rate in zip((state.ema, *state.averages), rates(state.step + 1), strict=True)
+        )
         norms = [value for name, value in metrics.items() if name.startswith("grad_norm_")]
         finite = jnp.all(jnp.isfinite(jnp.stack([metrics["loss"], *norms])))
         new = keep_if_finite(
             finite,
-            (params, opt_state, ema, buffers),
-            (state.params, state.opt_state, state.ema, state.buffers),
+            (params, opt_state, ema, buffers, tuple(averages)),
+            (state.params, state.opt_state, state.ema, state.buffers, state.averages),
         )
         metrics["finite"] = finite.astype(jnp.float32)
         if lr_at is not None:

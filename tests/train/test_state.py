@@ -25,7 +25,7 @@ def test_average_follows_the_originals():
     weights = GOLDEN["weights"]
     ema = init_ema({"unet": weights[0]}, ["unet"])
     for n, (now, expected) in enumerate(zip(weights[1:], GOLDEN["ema"]), start=1):
-        ema = update_ema(ema, {"unet": now}, n, 0.9999)
+        ema = update_ema(ema, {"unet": now}, 1 - ema_decay_at(n, 0.9999))
         np.testing.assert_allclose(ema["unet"], expected, atol=1e-6)
 
 
@@ -33,7 +33,7 @@ def test_only_named_networks_are_averaged():
     params = {"unet": jnp.ones(2), "label": jnp.ones(3)}
     ema = init_ema(params, ["unet"])
     later = {"unet": jnp.full(2, 5.0), "label": jnp.full(3, 5.0)}
-    ema = update_ema(ema, later, 1, 0.5)
+    ema = update_ema(ema, later, 1 - ema_decay_at(1, 0.5))
     assert set(ema) == {"unet"}
     state = TrainState(jnp.int32(1), later, (), ema)
     found = sampling_params(state)

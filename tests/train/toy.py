@@ -1,5 +1,6 @@
 """A regression that trains in milliseconds: what the training code is tested with."""
 
+import functools
 import hashlib
 import sys
 import time
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion_jax.train import loop
+from latent_diffusion_jax.train import averages, loop
 from latent_diffusion_jax.train.checkpoint import Checkpointer
 from latent_diffusion_jax.train.metrics import Writer
 from latent_diffusion_jax.train.objective import from_loss, make_objective
@@ -94,14 +95,17 @@ class Batches:
         self.index = state["index"]
 
 
-def train(workdir, *, steps, mesh, loss=noisy_loss, **options):
-    """Runs the real loop in `workdir`, with objects of its own."""
+def train(workdir, *, steps, mesh, loss=noisy_loss, lengths=(), **options):
+    """Runs the real loop in `workdir`, with objects of its own; `lengths` of averages to store."""
+    stored = Checkpointer(averages.folder(str(workdir)), keep=None) if lengths else None
+    if stored:
+        options["snapshot"] = functools.partial(averages.write, stored, lengths=lengths)
     checkpointer = Checkpointer(str(workdir), keep=options.pop("keep", 3))
     every = {"log_every": 3, "eval_every": 0, "image_every": 0, "checkpoint_every": 4}
     arguments = {"batches": Batches(), "meta": {}, **every, **options}
     try:
         return loop.train(
-            objective=make(loss),
+            objective=make(loss, ema_lengths=lengths),
             frozen=FROZEN,
             mesh=mesh,
             checkpointer=checkpointer,
@@ -112,6 +116,8 @@ def train(workdir, *, steps, mesh, loss=noisy_loss, **options):
         )
     finally:
         checkpointer.close()
+        if stored:
+            stored.close()
 
 
 def assert_same_bits(a, b):
