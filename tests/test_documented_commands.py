@@ -1,15 +1,14 @@
 """Every command in the documentation is one that works.
 
-Blocks of shell are run by bash itself, where the programs only note how they were called. Each call is then
-checked by what it would have reached: the parser, the config with its overrides, the Makefile, the
-script. The blocks that a newcomer runs first are run in earnest, in small.
+Blocks of shell are run by bash itself, where the programs only note how they were called. Each call
+is then checked by what it would have reached: the parser, the config with its overrides, the
+Makefile, the script. `describe` and what a newcomer runs first are run in earnest, in small.
 """
 
 import functools
 import inspect
 import itertools
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -104,7 +103,7 @@ def check(call, made):
         if words[at:]:
             check(words[at:], made)
     else:
-        pytest.fail(f"a command that no test knows: {call}")
+        raise AssertionError(f"a command that no test knows: {call}")
 
 
 def check_options(words, text):
@@ -243,6 +242,9 @@ def test_names_in_sentences(page):
             assert (ROOT / place).exists(), span
 
 
+NOTICED = (AssertionError, SystemExit, UserError, subprocess.CalledProcessError)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -264,12 +266,22 @@ def test_names_in_sentences(page):
     ],
 )
 def test_what_is_wrong_is_noticed(wrong, tmp_path):
-    with pytest.raises((Exception, SystemExit, pytest.fail.Exception)):  # noqa: B017, PT011
-        for call in calls(wrong, tmp_path):
-            check(call, {})
+    with pytest.raises(NOTICED):
+        [check(call, {}) for call in calls(wrong, tmp_path)]
 
 
-# What a newcomer runs first, in earnest
+# In earnest
+
+
+@pytest.mark.slow
+def test_every_describe(tmp_path, capsys):
+    blocks = [command_lines(EXAMPLES["describe"])]
+    blocks += ["\n".join(sh_blocks(page)) for page in PAGES if "describe" in page.read_text()]
+    for i, block in enumerate(filter(None, blocks)):
+        for call in calls(block, tmp_path / str(i)):
+            if "describe" in call:
+                do(*call[call.index("describe") :])
+                assert "parameters" in capsys.readouterr().out
 
 
 ONE_DEVICE = "--config.mesh.data=1"
@@ -318,6 +330,7 @@ def block_with(page, text):
     return block
 
 
+@pytest.mark.slow
 def test_own_images_as_the_readme_says(elsewhere):
     rehearse(block_with("README.md", "runs/mine"), elsewhere / "calls")
     asked = json.loads((elsewhere / "runs/mine/ldm/samples/samples.json").read_text())
@@ -325,12 +338,14 @@ def test_own_images_as_the_readme_says(elsewhere):
     assert asked["scale"] == 2
 
 
+@pytest.mark.slow
 def test_a_task_as_its_page_says(elsewhere):
     rehearse(block_with("docs/tasks.md", "task="), elsewhere / "calls")
     found = json.loads((elsewhere / "runs/shapes64/text/evaluation.json").read_text())
     assert found["protocol"]["number"] == 4
 
 
+@pytest.mark.slow
 def test_demo_and_export(elsewhere):
     said = subprocess.check_output(["make", "-n", "demo"], cwd=ROOT, text=True)
     lines = "\n".join(re.findall(r"^launch/(?:.*\\\n)*.*$", said, re.MULTILINE))
