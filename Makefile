@@ -7,7 +7,7 @@ VENV := .venv
 RUN := launch/local.sh $(VENV)/bin/python -m latent_diffusion_jax
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format docs clean
 
 demo: $(VENV)/.installed
 	$(RUN) train --config=configs/first_stage/shapes.py --workdir=$(RUNS)/ae
@@ -33,8 +33,12 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# the site, into site/; a warning is an error
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 clean:
-	rm -rf runs/shapes .cache
+	rm -rf runs/shapes .cache site
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null || \
