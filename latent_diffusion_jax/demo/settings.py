@@ -70,7 +70,7 @@ def read_given(settings: Settings, trained: Trained) -> Given:
             path = Path(folder, option, Path(name).name)
             path.parent.mkdir()
             path.write_bytes(content)
-            _check_pixels(path)
+            check_pixels(path)
             asked[option] = str(path)
         try:
             given = read_inputs(trained.config, asked, trained.class_names)
@@ -84,8 +84,8 @@ def read_given(settings: Settings, trained: Trained) -> Given:
     return given._replace(inputs={k: rows[turn % len(rows)] for k, rows in given.inputs.items()})
 
 
-def _check_pixels(path: Path) -> None:
-    """Of an image, before it is decoded: a small file can hold a huge one."""
+def check_pixels(path: Path) -> None:
+    """Raises UserError for a huge image, before it is decoded: its file can be small."""
     try:
         with Image.open(path) as image:
             width, height = image.size
