@@ -30,25 +30,31 @@ CSS = ".gallery-item img, .grid-wrap img {image-rendering: pixelated}"
 def serve(queue: Queue, port: int, title: str) -> None:
     """Shows the page to this machine until it is interrupted."""
     with tempfile.TemporaryDirectory(prefix="latent_diffusion_jax") as folder:
-        page = make_page(queue, title, Path(folder))
-        page.launch(
-            server_name=HOST,
-            server_port=port,
-            share=False,
-            ssr_mode=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            max_file_size="64mb",
-            allowed_paths=[folder],
-            footer_links=[],
-            theme=THEME,
-            css=CSS,
-        )
+        page = launch(queue, port, title, Path(folder))
         print(f"http://{HOST}:{port} shows {title}; Ctrl-C ends it", flush=True)
         try:
             threading.Event().wait()
         finally:
             page.close()
+
+
+def launch(queue: Queue, port: int, title: str, folder: Path) -> gr.Blocks:
+    """Starts to show it; raises OSError where the port is taken."""
+    page = make_page(queue, title, folder)
+    page.launch(
+        server_name=HOST,
+        server_port=port,
+        share=False,
+        ssr_mode=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        max_file_size="64mb",
+        allowed_paths=[str(folder)],
+        footer_links=[],
+        theme=THEME,
+        css=CSS,
+    )
+    return page
 
 
 def make_page(queue: Queue, title: str, folder: Path) -> gr.Blocks:
@@ -99,7 +105,7 @@ def make_page(queue: Queue, title: str, folder: Path) -> gr.Blocks:
             chosen = float(values.pop(0)) if strength else 0
             return _settings(given, chosen or None, *values)
 
-        async def generate(before, *values, request: gr.Request):
+        async def generate(request: gr.Request, before, *values):
             try:
                 settings = read(values)
                 job = await asyncio.to_thread(queue.submit, settings)
@@ -112,11 +118,11 @@ def make_page(queue: Queue, title: str, folder: Path) -> gr.Blocks:
             try:
                 seen = None
                 while not job.ended:
-                    now = (job.seen, queue.before(job))
+                    now = (job.state, job.seen, queue.before(job))
                     if now != seen:
                         seen = now
                         shown = {} if job.preview is None else {result: _pictures(job.preview)}
-                        yield {status: _progress(job, now[1]), **shown}
+                        yield {status: _progress(job, now[-1]), **shown}
                     await asyncio.sleep(LOOK)
             finally:  # also where the visitor has left
                 queue.cancel(job)
@@ -209,7 +215,8 @@ def _progress(job: Job, before: int) -> str:
         return _message(f"waiting for {before} other {'run' if before == 1 else 'runs'}")
     step, steps, _ = job.seen
     bar = f'<progress value="{step}" max="{steps}" style="width:100%"></progress>'
-    return f"{bar}<p>step {step} of {steps}</p>"
+    more = "" if step else " (the first run of its kind is compiled)"
+    return f"{bar}<p>step {step} of {steps}{more}</p>"
 
 
 def _message(text: str) -> str:

@@ -153,7 +153,10 @@ def _parse(made: dict[str, Any]) -> tuple[Settings, int, str]:
     whole = {name: int(made.pop(name)) for name in ("seed", "number", "steps")}
     names = {name: str(made.pop(name)) for name in ("sampler", "timesteps")}
     files = {
-        _known(option, sorted(set(OPTIONS) - set(TEXTS))): (str(name), base64.b64decode(content))
+        _known(option, sorted(set(OPTIONS) - set(TEXTS))): (
+            str(name),
+            base64.b64decode(content, validate=True),
+        )
         for option, (name, content) in made.pop("files").items()
     }
     settings = Settings(
