@@ -81,7 +81,12 @@ def make_page(queue: Queue, title: str, folder: Path) -> gr.Blocks:
             with gr.Column(scale=3):
                 status = gr.HTML(elem_id="status")
                 result = gr.Gallery(
-                    label="Images", format="png", columns=4, object_fit="contain", elem_id="result"
+                    label="Images",
+                    format="png",
+                    columns=4,
+                    height=300,
+                    object_fit="contain",
+                    elem_id="result",
                 )
                 files = gr.File(
                     label="Download: PNGs that hold their settings (and what was uploaded)",

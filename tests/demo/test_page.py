@@ -85,7 +85,7 @@ def visit(browser, tmp_path):
                 pages[task] = stack.enter_context(served(model, tmp_path / task))
             address, queue = pages[task]
             page = browser.new_page(viewport={"width": 1400, "height": 1000})
-            page.set_default_timeout(240_000)  # a busy machine compiles for minutes
+            page.set_default_timeout(90_000)
             page.goto(address)
             page.locator("#generate").wait_for()
             stack.callback(page.close)
