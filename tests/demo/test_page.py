@@ -20,10 +20,8 @@ from latent_diffusion_jax.demo.queue import Queue
 from latent_diffusion_jax.demo.settings import read_png
 from latent_diffusion_jax.train.sharding import make_mesh
 from tests import models
-from tests.cli import do, mistake
+from tests.cli import mistake, run
 from tests.demo.test_settings import png
-
-TEXT = "diffusion/shapes64.py:text,tiny"
 
 
 def test_without_gradio_a_line_says_what_to_install(monkeypatch, capsys):
@@ -36,6 +34,12 @@ gradio = pytest.importorskip("gradio", reason="gradio is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Of the model for prompts."""
+    return models.write_workdir(tmp_path_factory.mktemp("ldm"), "diffusion/shapes64.py:text,tiny")
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +120,7 @@ def downloads(page, tmp_path, number):
 
 
 @in_chromium
-def test_what_the_page_made_sample_makes_again(visit, tmp_path, capsys):
+def test_what_the_page_made_sample_makes_again(workdir, visit, tmp_path):
     page, _ = visit("text")
     page.get_by_label("Prompt").fill("a red circle")
     page.locator("#seed input").fill("7")
@@ -125,9 +129,8 @@ def test_what_the_page_made_sample_makes_again(visit, tmp_path, capsys):
     says(page, "done: 4 steps, seed 7")
     assert page.locator("#history img").count() == 2
     paths = downloads(page, tmp_path, 2)
-    workdir = models.write_workdir(tmp_path / "ldm", TEXT)
-    here = [f"--workdir={workdir}", f"--like={paths[1]}", "--config.mesh.data=1"]
-    do("sample", *here, f"--out={tmp_path}/again")
+    options = [f"--workdir={workdir}", f"--like={paths[1]}", f"--out={tmp_path}/again"]
+    run("sample", *options)
     first, there, again = (
         np.asarray(Image.open(path)) for path in (*paths, tmp_path / "again" / "saved1.png")
     )
@@ -135,12 +138,6 @@ def test_what_the_page_made_sample_makes_again(visit, tmp_path, capsys):
     assert abs(first.astype(int) - there).max() > 8
     settings, index, _ = read_png(str(tmp_path / "again" / "saved1.png"))
     assert (settings.seed, settings.texts["prompt"], index) == (7, "a red circle", 1)
-
-    assert "--seed and --like" in mistake(capsys, "sample", *here, "--seed=3")
-    assert "would be written over" in mistake(capsys, "sample", *here, f"--out={tmp_path}")
-    other = models.write_workdir(tmp_path / "other", "diffusion/shapes64.py:unconditional,tiny")
-    line = mistake(capsys, "sample", f"--workdir={other}", f"--like={paths[1]}")
-    assert "was made by another model" in line
 
 
 @in_chromium
