@@ -148,7 +148,7 @@ def painted_hole(painted: Mapping[str, Any] | None, path: str) -> bytes | None:
         return None
     check_pixels(Path(path))
     height, width = _rgb(path).shape[:2]
-    hole = Image.fromarray(np.uint8(np.any(layers, axis=0)) * 255)
+    hole = Image.fromarray(np.any(layers, axis=0).astype(np.uint8) * 255)
     out = io.BytesIO()
     hole.resize((width, height), Image.Resampling.BOX).save(out, "png")
     return out.getvalue()

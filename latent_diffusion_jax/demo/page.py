@@ -97,18 +97,18 @@ def make_page(queue: Queue, title: str, folder: Path) -> gr.Blocks:
                 history = gr.Gallery(
                     label="Made so far", format="png", columns=8, height=220, elem_id="history"
                 )
-                about = gr.Code(
+                how = gr.Code(
                     label="How: for `sample --like=FILE.png`", language="json", elem_id="about"
                 )
         made = gr.State([])
 
         def read(values: tuple) -> Settings:
-            values, given = list(values), {}
+            rest, given = list(values), dict[str, Any]()
             for control in controls:
-                own = [values.pop(0) for _ in control.components]
+                own = [rest.pop(0) for _ in control.components]
                 given |= control.read(*own)
-            chosen = float(values.pop(0)) if strength else 0
-            return _settings(given, chosen or None, *values)
+            chosen = float(rest.pop(0)) if strength else 0
+            return _settings(given, chosen or None, *rest)
 
         async def generate(request: gr.Request, before, *values):
             try:
@@ -118,7 +118,7 @@ def make_page(queue: Queue, title: str, folder: Path) -> gr.Blocks:
                 gr.Warning(html.escape(str(error)))
                 yield {status: _message(str(error))}
                 return
-            visit = request.session_hash
+            visit = str(request.session_hash)
             jobs[visit] = job
             try:
                 seen = None
@@ -134,7 +134,7 @@ def make_page(queue: Queue, title: str, folder: Path) -> gr.Blocks:
             if job.images is None:
                 yield {status: _message(job.error or "cancelled")}
                 return
-            paths = _write(folder / visit, len(before), job, model)
+            paths = _write(folder / visit, len(before), job.images, settings, model)
             before = paths + before
             yield {
                 status: _message(f"done: {settings.steps} steps, seed {settings.seed}"),
@@ -142,23 +142,23 @@ def make_page(queue: Queue, title: str, folder: Path) -> gr.Blocks:
                 files: paths,
                 history: before,
                 made: before,
-                about: _about(settings),
+                how: _about(settings),
             }
 
         async def cancel(request: gr.Request):
             if request.session_hash in jobs:
-                queue.cancel(jobs[request.session_hash])
+                queue.cancel(jobs[str(request.session_hash)])
 
         def leave(request: gr.Request):
             if request.session_hash in jobs:
-                queue.cancel(jobs.pop(request.session_hash))
+                queue.cancel(jobs.pop(str(request.session_hash)))
             shutil.rmtree(folder / str(request.session_hash), ignore_errors=True)
 
         components = [each for control in controls for each in control.components]
         start.click(
             generate,
             [made, *components, *strength, *common],
-            [status, result, files, history, made, about],
+            [status, result, files, history, made, how],
             concurrency_limit=None,
             show_progress="hidden",
             api_visibility="private",
@@ -235,12 +235,14 @@ def _about(settings: Settings) -> str:
     return json.dumps({name: value for name, value in told.items() if value not in (None, {})})
 
 
-def _write(folder: Path, before: int, job: Job, model: str) -> list[str]:
-    """PNGs of a job's images, numbered after those of the visit that are there."""
+def _write(
+    folder: Path, before: int, images: np.ndarray, settings: Settings, model: str
+) -> list[str]:
+    """PNGs of a run's images, numbered after those of the visit that are there."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for i, image in enumerate(job.images):
-        path = folder / f"{before + i:04d}_seed{job.settings.seed}_{i}.png"
-        path.write_bytes(write_png(image, i, job.settings, model))
+    for i, image in enumerate(images):
+        path = folder / f"{before + i:04d}_seed{settings.seed}_{i}.png"
+        path.write_bytes(write_png(image, i, settings, model))
         paths.append(str(path))
     return paths

@@ -150,8 +150,8 @@ def read_png(path: str) -> tuple[Settings, int, str]:
 def _parse(made: dict[str, Any]) -> tuple[Settings, int, str]:
     """Anybody may have written it: only numbers, text of TEXTS and bytes come out."""
     index, model = int(made.pop("index")), str(made.pop("model"))
-    whole = {name: int(made.pop(name)) for name in ("seed", "number", "steps")}
-    names = {name: str(made.pop(name)) for name in ("sampler", "timesteps")}
+    whole: dict[str, Any] = {name: int(made.pop(name)) for name in ("seed", "number", "steps")}
+    names: dict[str, Any] = {name: str(made.pop(name)) for name in ("sampler", "timesteps")}
     files = {
         _known(option, sorted(set(OPTIONS) - set(TEXTS))): (
             str(name),

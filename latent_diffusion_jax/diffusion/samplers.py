@@ -310,7 +310,7 @@ def advance(
 
     def body(i, state):
         z, carry, _ = state
-        x0 = []
+        x0: list[Array] = []
 
         def watched(z_t, at_t):  # samplers first call the model where they are
             eps = denoise(z_t, at_t)
