@@ -285,6 +285,8 @@ def sample(args) -> None:
 
 def _sample_again(args) -> None:
     """Writes the image of a PNG that says how it was made."""
+    import numpy as np
+
     from latent_diffusion_jax.demo.denoising import Denoiser
     from latent_diffusion_jax.demo.settings import fingerprint, read_given, read_png, write_png
 
@@ -304,7 +306,7 @@ def _sample_again(args) -> None:
     path = out / Path(args.like).name
     if path.resolve() == Path(args.like).resolve():
         raise UserError(f"{str(path)!r} would be written over: choose another --out")
-    path.write_bytes(write_png(last.images[index], index, settings, model))
+    path.write_bytes(write_png(np.asarray(last.images)[index], index, settings, model))
     print(f"{args.like} made again: {path}")
 
 

@@ -84,7 +84,7 @@ def make_page(queue: Queue, title: str, folder: Path) -> gr.Blocks:
                     label="Images",
                     format="png",
                     columns=4,
-                    height=300,
+                    height=380,
                     object_fit="contain",
                     elem_id="result",
                 )
