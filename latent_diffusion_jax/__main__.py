@@ -252,6 +252,9 @@ def sample(args) -> None:
     from latent_diffusion_jax import pipeline, sampling
     from latent_diffusion_jax.inputs import OPTIONS, read_inputs
 
+    if args.like is not None:
+        _sample_again(args)
+        return
     trained, mesh = _trained(args, "diffusion", args.ema_length)
     options = _sampling(args, trained.config)
     wanted = {option: getattr(args, option) for option in OPTIONS}
@@ -292,6 +295,49 @@ def sample(args) -> None:
     about = given.about and [given.about[i % len(given.about)] for i in indices]
     grid = pipeline.write_samples(out, batches, number, about, asked, names)
     print(f"{number} images in {out}, side by side in {grid}")
+
+
+def _sample_again(args) -> None:
+    """Writes the image of a PNG that says how it was made."""
+    import numpy as np
+
+    from latent_diffusion_jax.demo.denoising import Denoiser
+    from latent_diffusion_jax.demo.settings import fingerprint, read_given, read_png, write_png
+
+    allowed = {"like", "workdir", "origin", "weights", "out", "config", "overrides", "channel"}
+    plain = vars(make_parser(VERBS).parse_args(["sample"]))
+    for name in sorted(plain.keys() - allowed):
+        if getattr(args, name) != plain[name]:
+            raise UserError(f"--{name} and --like: that PNG says all but --workdir and --out")
+    settings, index, model = read_png(args.like)
+    trained, mesh = _trained(args, "diffusion")
+    if model != (here := fingerprint(trained)):
+        raise UserError(f"{args.like!r} was made by another model: {model} there, {here} here")
+    given = read_given(settings, trained)
+    *_, last = Denoiser(trained, mesh).run(settings, given)
+    out = Path(args.out or Path(args.workdir or ".") / "samples")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / Path(args.like).name
+    if path.resolve() == Path(args.like).resolve():
+        raise UserError(f"{str(path)!r} would be written over: choose another --out")
+    path.write_bytes(write_png(np.asarray(last.images)[index], index, settings, model))
+    print(f"{args.like} made again: {path}")
+
+
+def demo(args) -> None:
+    """Shows a web page until Ctrl-C."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        line = f"the page needs gradio ({error}): pip install 'latent-diffusion-jax[demo]'"
+        raise UserError(line) from error
+    from latent_diffusion_jax.demo.denoising import Denoiser
+    from latent_diffusion_jax.demo.page import serve
+    from latent_diffusion_jax.demo.queue import Queue
+
+    trained, mesh = _trained(args, "diffusion")
+    serve(Queue(Denoiser(trained, mesh)), args.port, args.workdir or args.origin)
 
 
 def evaluate(args) -> None:
@@ -434,7 +480,7 @@ def _fake_devices(number: int | None) -> None:
 VERBS = {
     verb.__name__: verb
     for verb in (
-        *(train, encode, sample, evaluate, reconstruct),
+        *(train, encode, sample, demo, evaluate, reconstruct),
         *(convert, export, describe, bench),
     )
 }

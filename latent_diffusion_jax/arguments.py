@@ -31,7 +31,13 @@ examples:
   python -m latent_diffusion_jax sample --workdir=runs/fill --image=photo.png --mask=hole.png
   python -m latent_diffusion_jax sample --workdir=runs/ldm --image=photo.png --strength=0.5
   python -m latent_diffusion_jax sample --workdir=runs/ldm --size=512x1024 --window=256 --tile=512
+  python -m latent_diffusion_jax sample --workdir=runs/ldm --like=from_the_demo.png
 Image i depends on the seed and i alone, whatever the batch size and the number of devices.""",
+    "demo": """\
+examples:
+  python -m latent_diffusion_jax demo --workdir=runs/ldm
+  python -m latent_diffusion_jax demo --from=model.ckpt --config.data.tokenizer=DIR --port=8000
+Needs: pip install 'latent-diffusion-jax[demo]'. The page is for this machine alone.""",
     "reconstruct": """\
 examples:
   python -m latent_diffusion_jax reconstruct --workdir=runs/ae --number=16
@@ -153,7 +159,7 @@ def make_parser(run: Mapping[str, Callable[..., int | None]]) -> argparse.Argume
             "--config.KEY", metavar="VALUE", help="override a key, such as --config.optim.lr=1e-4"
         )
         if name not in ("describe", "bench"):
-            loads = name in ("sample", "evaluate", "reconstruct", "export")
+            loads = name in ("sample", "demo", "evaluate", "reconstruct", "export")
             p.add_argument(
                 "--workdir",
                 required=not loads,
@@ -163,7 +169,7 @@ def make_parser(run: Mapping[str, Callable[..., int | None]]) -> argparse.Argume
             )
             if loads:
                 add_from(p, "a checkpoint file or a diffusers folder, instead of a workdir")
-        if name not in ("describe", "convert", "bench", "export"):
+        if name not in ("demo", "describe", "convert", "bench", "export"):
             add_processes(p)
         return p
 
@@ -234,6 +240,10 @@ def make_parser(run: Mapping[str, Callable[..., int | None]]) -> argparse.Argume
     about("--window", type=positive, metavar="N", help="denoise in windows of N pixels")
     about("--tile", type=positive, metavar="N", help="decode in tiles of N pixels")
     about("--out", type=named, metavar="DIR", help="where the PNGs go (WORKDIR/samples)")
+    about("--like", type=named, metavar="FILE", help="a PNG of `demo`: its image, made again")
+
+    p = verb("demo", "Show a web page that generates images.")
+    p.add_argument("--port", type=positive, default=7860, metavar="N", help="(%(default)s)")
 
     p = verb("reconstruct", "Encode and decode images, and measure the loss.")
     p.add_argument("--number", type=positive, default=16, metavar="N", help="images (%(default)s)")

@@ -55,10 +55,9 @@ def read_inputs(
       UserError: an option that the model has no use for, or one that it needs and did not get; a
         file that cannot be read, or images of several sizes.
     """
-    parts = {part.kind: part for part in build.conditions(config) if part.kind in READERS}
-    takes = {option for kind in parts for option in READERS[kind].options}
-    edits = "image" not in takes
-    takes |= {"guide", "image", "mask"} if edits else {"guide"}
+    parts = _parts(config)
+    needs, takes = options_of(config)
+    edits = "image" not in needs
     for option, text in asked.items():
         if text is not None and option not in takes:
             others = ", ".join(f"--{other}" for other in sorted(takes))
@@ -88,6 +87,18 @@ def read_inputs(
         [names[0][i % len(names[0])] for i in turn] if names else None,
         [_merged(each[i % len(each)] for each in about) for i in turn] if about else None,
     )
+
+
+def options_of(config: ConfigDict) -> tuple[list[str], list[str]]:
+    """The OPTIONS that are a model's conditions, and all that it takes."""
+    needs = [option for kind in _parts(config) for option in READERS[kind].options]
+    edit = ["image", "mask"] if "image" not in needs else []
+    return needs, [*needs, *edit, "guide"]
+
+
+def _parts(config: ConfigDict) -> dict[str, ConfigDict]:
+    """The conditions that a person gives, by kind."""
+    return {part.kind: part for part in build.conditions(config) if part.kind in READERS}
 
 
 def _merged(dicts: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -237,6 +248,7 @@ READERS = {
     "inpainting": Reader(("image", "mask"), _inpainting),
     "embeddings": Reader(("embeddings",), _embeddings),
 }
+TEXTS = ("class", "prompt")  # the other options name files
 OPTIONS = tuple(dict.fromkeys([o for r in READERS.values() for o in r.options] + ["guide"]))
 
 

@@ -11,11 +11,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build
-from latent_diffusion_jax.diffusion.editing import from_image, keep_known, slerp
+from latent_diffusion_jax.diffusion.editing import keep_known, last_steps, slerp
 from latent_diffusion_jax.diffusion.guidance import dynamic_threshold, guide, image_guide, within
 from latent_diffusion_jax.diffusion.prediction import Denoise, make_denoise
-from latent_diffusion_jax.diffusion.samplers import image_keys, image_noise, make_sampler, sample
-from latent_diffusion_jax.diffusion.schedule import make_timesteps
+from latent_diffusion_jax.diffusion.samplers import (
+    Sampler,
+    advance,
+    image_keys,
+    image_noise,
+    make_sampler,
+    sample,
+)
+from latent_diffusion_jax.diffusion.schedule import add_noise, make_timesteps
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.first_stage.stage import FirstStage
 from latent_diffusion_jax.first_stage.tiling import tiled_evenly
@@ -131,50 +138,132 @@ def make_programs(
     They are latent(params, frozen, inputs, key, indices, (scale, guide_scale)) -> [B, h, w, c] and
     decode(frozen, latent) -> images [B, H, W, 3]. `guided`: whether there is a scale other than 1.
     """
-    schedule, stage = build.schedule(config), build.first_stage(config)
-    method = make_sampler(sampler, schedule, **options)
-    times = make_timesteps(timesteps, steps, schedule)
-    shape = build.latent_shape(config, size)
-    denoiser = make_denoiser(config, mesh, guided, extras, cached)
+    pieces = make_pieces(
+        config,
+        mesh,
+        sampler=sampler,
+        options=options,
+        guided=guided,
+        size=size,
+        extras=extras,
+        cached=cached,
+    )
+    times = make_timesteps(timesteps, steps, build.schedule(config))
 
     def latent(params, frozen, inputs, key, indices, scales):
-        denoise = denoiser(params, frozen, inputs, scales)
+        ending = last_steps(times, strength(extras, inputs))
+        fixed, (z, *_) = pieces.start(params, frozen, inputs, key, indices, ending[0][0])
+        method, denoise, noise = pieces.loop(params, frozen, inputs, key, indices, scales, fixed)
+        return pieces.finish(fixed, sample(method, denoise, z, timesteps=ending, noise=noise))
+
+    return latent, pieces.decode
+
+
+class Pieces(NamedTuple):
+    """Sampling, taken apart so that it can be stopped, seen and taken up between any two steps.
+
+    start(params, frozen, inputs, key, indices, t) -> (fixed, state): what steps do not change, and
+      what they do, (z, carry, x0), before the first of them, which is from t.
+    loop(params, frozen, inputs, key, indices, scales, fixed) -> (sampler, denoise, noise), for
+      `samplers.sample`.
+    advance(params, frozen, inputs, key, indices, scales, fixed, state, times, first, last) ->
+      state, the steps `first` to `last` - 1 later; both may be traced, as may times (t, t_next).
+    finish(fixed, z) -> the latent [B, h, w, c] of the last z.
+    decode(frozen, latent) -> images [B, H, W, 3].
+    """
+
+    start: Callable[..., tuple[dict[str, Any], Any]]
+    loop: Callable[..., tuple[Sampler, Denoise, Callable]]
+    advance: Callable[..., Any]
+    finish: Callable[[Any, jax.Array], jax.Array]
+    decode: Callable[[Any, jax.Array], jax.Array]
+
+
+def make_pieces(
+    config: ConfigDict,
+    mesh: AnyMesh,
+    *,
+    sampler: str,
+    options: Mapping[str, float],
+    guided: bool,
+    size: tuple[int, int] | None = None,
+    extras: Extras = PLAIN,
+    cached: bool = False,
+) -> Pieces:
+    """Builds the pure functions that `make_programs` puts together; its arguments."""
+    schedule, stage = build.schedule(config), build.first_stage(config)
+    method = make_sampler(sampler, schedule, **options)
+    shape = build.latent_shape(config, size)
+    conditions, denoiser = make_denoiser(config, mesh, guided, extras, cached)
+
+    def start(params, frozen, inputs, key, indices, t):
         frozen = gather(mesh, frozen)
-        keys = image_keys(key, jnp.zeros_like(indices) if "between" in inputs else indices)
-        z, chosen, ending = image_noise(keys, -1, shape), method, times
+        z = image_noise(keys_of(inputs, key, indices), -1, shape)
         if "between" in inputs:
             other = image_noise(image_keys(key, jnp.ones_like(indices)), -1, shape)
             z = slerp(z, other, inputs["between"])
+        fixed = {"conds": conditions(params, frozen, inputs)}
         if "start" in inputs:
             moments = stage.encode(frozen["first_stage"], inputs["start"])
             z0 = frozen["latent_scale"] * stage.mode(moments)
-            strength = extras.strength or (1.0 if "hole" in inputs else 0.75)
-            if strength < 1:
-                z, ending = from_image(schedule, z0, z, times, strength)
-        known = None
-        if "hole" in inputs:  # a latent pixel is known where all pixels that it stands for are
-            known = 1 - max_pool(inputs["hole"], (stage.factor,) * 2, (stage.factor,) * 2)
-            fresh = jax.vmap(jax.random.fold_in, (0, None))(keys, EDIT)  # not the sampler's noise
-            chosen = keep_known(method, schedule, z0, known, lambda i: image_noise(fresh, i, shape))
-        z = sample(
-            chosen, denoise, z, timesteps=ending, noise=lambda i: image_noise(keys, i, shape)
+            if strength(extras, inputs) < 1:
+                z = add_noise(schedule, z0, t, z)
+            if "hole" in inputs:  # a latent pixel is known where all that it stands for are
+                known = 1 - max_pool(inputs["hole"], (stage.factor,) * 2, (stage.factor,) * 2)
+                fixed |= {"z0": z0, "known": known}
+        z = z.astype(jnp.float32)
+        return fixed, (z, solver(fixed).init(z), jnp.zeros_like(z))
+
+    def keys_of(inputs, key, indices):
+        return image_keys(key, jnp.zeros_like(indices) if "between" in inputs else indices)
+
+    def solver(fixed, fresh=None):
+        if "known" not in fixed:
+            return method
+        return keep_known(method, schedule, fixed["z0"], fixed["known"], fresh)
+
+    def loop(params, frozen, inputs, key, indices, scales, fixed):
+        keys = keys_of(inputs, key, indices)
+        apart = jax.vmap(jax.random.fold_in, (0, None))(keys, EDIT)  # not the sampler's noise
+        return (
+            solver(fixed, lambda i: image_noise(apart, i, shape)),
+            denoiser(params, frozen, fixed["conds"], inputs, scales),
+            lambda i: image_noise(keys, i, shape),
         )
-        return z if known is None else known * z0 + (1 - known) * z
+
+    def advance_(params, frozen, inputs, key, indices, scales, fixed, state, times, first, last):
+        chosen, denoise, noise = loop(params, frozen, inputs, key, indices, scales, fixed)
+        return advance(
+            chosen, denoise, state, schedule, timesteps=times, noise=noise, first=first, last=last
+        )
+
+    def finish(fixed, z):
+        if "known" not in fixed:
+            return z
+        return fixed["known"] * fixed["z0"] + (1 - fixed["known"]) * z
 
     def decode(frozen, z):
         frozen = gather(mesh, frozen)
         return stage.decode(frozen["first_stage"], z / frozen["latent_scale"])
 
-    return latent, decode
+    return Pieces(start, loop, advance_, finish, decode)
+
+
+def strength(extras: Extras, inputs: Mapping[str, Any]) -> float:
+    """How much of the way from noise is sampled: all of it where there is no image to change."""
+    if extras.strength is not None and "start" in inputs:
+        return extras.strength
+    return 0.75 if "start" in inputs and "hole" not in inputs else 1.0
 
 
 def make_denoiser(
     config: ConfigDict, mesh: AnyMesh, guided: bool, extras: Extras, cached: bool = False
-) -> Callable[..., Denoise]:
-    """Builds denoiser(params, frozen, inputs, (scale, guide_scale)) -> Denoise.
+) -> tuple[Callable[..., Any], Callable[..., Denoise]]:
+    """Builds conditions(params, frozen, inputs) -> conds, and what steps need of them.
 
-    Conditions, guidance, windows and thresholds are inside it. Weights that lie split over the mesh
-    are gathered anew in each call of the network, so that no device ever holds all of them.
+    That is denoiser(params, frozen, conds, inputs, (scale, guide_scale)) -> Denoise. Guidance,
+    windows and thresholds are inside it. Weights that lie split over the mesh are gathered anew in
+    each call of the network, so that no device ever holds all of them.
     """
     schedule, stage = build.schedule(config), build.first_stage(config)
     conditioner, whole = build.conditioner(config, cached), build.denoise_network(config)
@@ -189,25 +278,35 @@ def make_denoiser(
         side = _latent_side("window", extras.window, stage)
         network = windowed_network(network, side, max(side // 2, 1))
 
-    def denoiser(params, frozen, inputs, scales):
+    plain = not guided or extras.interval is not None
+
+    def conditions(params, frozen, inputs):
+        def of(inputs):
+            return condition(gather(mesh, params), gather(mesh, frozen), inputs)
+
+        asked = {name: inputs[name] for name in conditioner.keys}
+        conds = {"asked": of(asked)} if plain else {}
+        if guided:
+            both = (null(params, frozen, asked), asked)
+            conds["both"] = of(jax.tree.map(lambda *x: jnp.concatenate(x), *both))
+        return conds
+
+    def denoiser(params, frozen, conds, inputs, scales):
         scale, guide_scale = scales
 
-        def of(inputs):
-            cond = condition(gather(mesh, params), gather(mesh, frozen), inputs)
+        def of(cond):
             return make_denoise(
                 lambda z_t, t: network(params["unet"], z_t, t, cond),
                 schedule,
                 config.diffusion.prediction,
             )
 
-        asked = {name: inputs[name] for name in conditioner.keys}
         if guided:
-            both = (null(params, frozen, asked), asked)
-            denoise = guide(of(jax.tree.map(lambda *x: jnp.concatenate(x), *both)), scale)
+            denoise = guide(of(conds["both"]), scale)
             if extras.interval is not None:
-                denoise = within(extras.interval, denoise, of(asked))
+                denoise = within(extras.interval, denoise, of(conds["asked"]))
         else:
-            denoise = of(asked)
+            denoise = of(conds["asked"])
         if "guide" in inputs:
             wanted = inputs["guide"]
 
@@ -222,7 +321,7 @@ def make_denoiser(
             denoise = dynamic_threshold(denoise, schedule, extras.threshold, THRESHOLD_FLOOR)
         return denoise
 
-    return denoiser
+    return conditions, denoiser
 
 
 def _latent_side(name: str, side: int, stage: FirstStage) -> int:

@@ -2,13 +2,16 @@
 
 import functools
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion_jax import build, pipeline
-from latent_diffusion_jax.config import load_config
+from latent_diffusion_jax.config import load_config, to_json
+from latent_diffusion_jax.train.checkpoint import write_config, write_weights
+from latent_diffusion_jax.train.state import init_ema
 from tests.cli import ROOT
 
 
@@ -20,6 +23,17 @@ def trained(spec: str, *overrides: str) -> pipeline.Trained:
     stage = weights(build.frozen_shapes(config)["first_stage"])
     frozen = {"first_stage": stage, "latent_scale": jnp.float32(1)}
     return pipeline.Trained(config, params, frozen, None, 0)
+
+
+def write_workdir(place: Path, spec: str, *overrides: str) -> str:
+    """The same as a workdir at step 0."""
+    model = trained(spec, *overrides)
+    stage = {"autoencoder": model.frozen["first_stage"]}
+    ema = init_ema(model.params, model.config.train.ema_networks)
+    write_weights(str(place / "first_stage"), stage, {}, {})
+    write_weights(str(place), model.params, ema, {"latent_scale": 1.0, "class_names": None})
+    write_config(str(place), to_json(model.config))
+    return str(place)
 
 
 def weights(shapes):

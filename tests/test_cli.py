@@ -29,7 +29,7 @@ from tests.cli import (
 
 VERBS = (
     *("train", "encode", "sample", "evaluate", "reconstruct", "convert", "export", "describe"),
-    "bench",
+    *("demo", "bench"),
 )
 PIXELS = """
 from configs.diffusion import shapes
@@ -122,7 +122,8 @@ def test_help_shows_the_options_of_one_verb_with_examples(verb, capsys):
         | {"--timesteps", "--eta", "--seed", "--out", "--from", "--weights", "--size"}
         | {"--prompt", "--layout", "--segmentation", "--image", "--mask", "--embeddings"}
         | {"--interval", "--threshold", "--strength", "--guide", "--guide_scale"}
-        | {"--interpolate", "--window", "--tile", "--ema_length"},
+        | {"--interpolate", "--window", "--tile", "--ema_length", "--like"},
+        "demo": {"--from", "--weights", "--port"},
         "evaluate": {"--number", "--batch", "--seed", "--out", "--from", "--weights"}
         | {"--sampler", "--steps", "--timesteps", "--eta", "--scale", "--ema_length"}
         | {"--images", "--reference", "--inception", "--preparation", "--save_statistics"}
@@ -136,7 +137,7 @@ def test_help_shows_the_options_of_one_verb_with_examples(verb, capsys):
         "bench": {"--size", "--what", "--batch", "--dtype", "--turns", "--peers", "--json"},
     }
     shared = {"--config"} if verb in ("describe", "bench") else {"--config", "--workdir"}
-    if verb not in ("describe", "convert", "export", "bench"):
+    if verb not in ("demo", "describe", "convert", "export", "bench"):
         shared |= {"--coordinator", "--processes", "--process", "--wait", "--stall", "--lost"}
     assert options == own[verb] | shared
     assert f"python -m latent_diffusion_jax {verb} --" in text.partition("example")[2]

@@ -35,7 +35,7 @@ for top in (
         "evaluate",
         "convert",
     ),
-    *("export", "phases", "encode", "bench", "__main__"),
+    *("demo", "export", "phases", "encode", "bench", "__main__"),
 ):
     PARTS[top] = list(PARTS)  # all before them
 

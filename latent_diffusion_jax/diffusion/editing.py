@@ -61,20 +61,15 @@ def keep_known(
     return Sampler(init, step)
 
 
-def from_image(
-    schedule: Schedule, z0: Array, eps: Array, timesteps: Timesteps, strength: float
-) -> tuple[Array, Timesteps]:
-    """Where sampling starts so that it keeps something of an image: SDEdit.
+def last_steps(timesteps: Timesteps, strength: float) -> Timesteps:
+    """The steps that keep something of an image: SDEdit, from its latent at noise level t[0].
 
     Args:
-      schedule: the forward process.
-      z0: the image's latent [B,h,w,c], scaled.
-      eps: standard normal noise [B,h,w,c].
       timesteps: (t, t_next) of sampling from noise alone, S steps.
       strength: in (0, 1]: how much of the way is sampled; at 1 little is left of the image.
 
     Returns:
-      z_t [B,h,w,c] and the last round(strength * S) of the steps, at least 1, which lead from it.
+      The last round(strength * S) of the steps, at least 1.
 
     Raises:
       UserError: strength outside (0, 1].
@@ -83,8 +78,7 @@ def from_image(
         raise UserError(f"strength {strength}; choose above 0, up to 1")
     t, t_next = timesteps
     steps = max(round(strength * len(t)), 1)
-    t, t_next = t[-steps:], t_next[-steps:]
-    return add_noise(schedule, z0, t[0], eps), (t, t_next)
+    return t[-steps:], t_next[-steps:]
 
 
 def slerp(a: Array, b: Array, weight: Array | float) -> Array:

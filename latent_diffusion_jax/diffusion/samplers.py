@@ -284,6 +284,46 @@ def sample(
     return (z, path) if return_path else z
 
 
+def advance(
+    sampler: Sampler,
+    denoise: Denoise,
+    state: tuple[Array, Carry, Array],
+    schedule: Schedule,
+    *,
+    timesteps: tuple[Array, Array],
+    noise: Callable[[Array], Array],
+    first: Array | int,
+    last: Array | int,
+) -> tuple[Array, Carry, Array]:
+    """Runs the steps `first` to `last` - 1 of `sample` alone, so that it can be stopped and seen.
+
+    Args:
+      sampler, denoise, timesteps, noise: as `sample` takes them; all may be traced, as may the
+        ends, so that one program serves any number of steps.
+      state: (z, carry, x0) before the first of them: at step 0 (z_T, sampler.init(z_T), anything).
+      schedule: the sampler's.
+
+    Returns:
+      The same after the last of them; x0 [B,h,w,c] is what the last step took for clean.
+    """
+    t, t_next = map(jnp.asarray, timesteps)
+
+    def body(i, state):
+        z, carry, _ = state
+        x0: list[Array] = []
+
+        def watched(z_t, at_t):  # samplers first call the model where they are
+            eps = denoise(z_t, at_t)
+            if not x0:
+                x0.append(to_x0("eps", eps, z_t, *at(schedule, at_t, z_t.ndim)))
+            return eps
+
+        z, carry = sampler.step(watched, carry, z, t[i], t_next[i], noise(i))
+        return z, carry, x0[0]
+
+    return jax.lax.fori_loop(first, last, body, state)
+
+
 def image_keys(key: Array, indices: Array) -> Array:
     """One key per image from the seed's key and the images' numbers, int [B]."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
