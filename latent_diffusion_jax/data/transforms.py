@@ -4,7 +4,8 @@ As the published models were trained: the smallest side is resized to the model'
 is cropped (in one step here: the square first, at full resolution), `x / 127.5 - 1`.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import IO
 
 import numpy as np
@@ -13,13 +14,25 @@ from PIL import Image, ImageOps
 Square = tuple[int, int, int]  # top, left, side, in pixels
 
 
+@contextlib.contextmanager
+def _open(file: str | IO[bytes]) -> Iterator[Image.Image]:
+    try:
+        with Image.open(file) as image:
+            yield image
+    except Image.DecompressionBombError as error:  # which is no OSError
+        raise OSError(str(error)) from error
+
+
 def read_rgb(file: str | IO[bytes]) -> np.ndarray:
     """Reads an image of any mode and size as uint8 [H, W, 3].
 
     EXIF rotation is honoured, alpha composited on white, 16-bit greyscale scaled to 8 (65535 is
-    white), everything else widened to RGB as Pillow does. Raises what Pillow raises.
+    white), everything else widened to RGB as Pillow does.
+
+    Raises:
+      OSError: it is not an image, is broken, or has more pixels than Pillow opens.
     """
-    with Image.open(file) as opened:
+    with _open(file) as opened:
         image = ImageOps.exif_transpose(opened)
         if image.mode == "I" or image.mode.startswith("I;16"):
             grey = np.clip(np.rint(np.asarray(image) / 257), 0, 255).astype(np.uint8)
@@ -31,8 +44,12 @@ def read_rgb(file: str | IO[bytes]) -> np.ndarray:
 
 
 def read_classes(file: str | IO[bytes]) -> np.ndarray:
-    """Reads an image of class numbers (grey or palette) as uint8 or uint16 [H, W]."""
-    with Image.open(file) as image:
+    """Reads an image of class numbers (grey or palette) as uint8 or uint16 [H, W].
+
+    Raises:
+      OSError: as `read_rgb`.
+    """
+    with _open(file) as image:
         plain = image if image.mode in ("P", "L", "I", "I;16") else image.convert("L")
         return np.asarray(plain)
 

@@ -91,6 +91,13 @@ def test_range_round_trip_is_exact():
     np.testing.assert_array_equal(transforms.to_uint8(np.array([-3.0, 3.0])), [0, 255])
 
 
+@pytest.mark.parametrize("read", [transforms.read_rgb, transforms.read_classes])
+def test_too_many_pixels_are_an_oserror(read, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(OSError, match="64 pixels"):
+        read(saved(Image.new("RGB", (8, 8))))
+
+
 def test_image_segmentation_and_boxes_move_together():
     image, segmentation = np.zeros((8, 16, 3), np.uint8), np.zeros((8, 16), np.uint8)
     image[2:4, 5:8], segmentation[2:4, 5:8] = 255, 3
