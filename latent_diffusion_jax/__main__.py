@@ -342,37 +342,54 @@ def demo(args) -> None:
 
 def evaluate(args) -> None:
     """Prints measures, and writes them with their protocol, beside a picture."""
-    from latent_diffusion_jax.evaluate import measure, results
+    from latent_diffusion_jax.evaluate import results
 
     if args.compare is not None:
+        if args.json:
+            raise UserError("--json is of one result; --compare prints a table")
         print(results.table(args.compare))
         return
+    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):  # progress
+        out, said = _evaluated(args)
+    if said:
+        print(out.read_text() if args.json else said)
+
+
+def _evaluated(args) -> tuple[Path, str]:
+    """Where the result of what is asked for was written, and its table ("" in other processes)."""
+    from latent_diffusion_jax.evaluate import measure
+
     if args.images is not None:
         if args.workdir or args.origin:
             raise UserError("give one of --images (of any model) and --workdir or --from")
-        print(measure.images(args.images, _features(args, f"{args.images.rstrip('/')}.evaluation")))
-        return
+        asked = _features(args, f"{args.images.rstrip('/')}.evaluation")
+        return asked.out, measure.images(args.images, asked)
     trained, mesh = _trained(args, None, args.ema_length)
     about = {"of": args.workdir or args.origin, "step": trained.step}
     here = Path(args.workdir or ".")
     if trained.config.phase == "first_stage":
+        _refuse(args, ("sampler", "steps", "timesteps", "eta", "scale"), "is of sampling")
         asked = _features(args, here / "evaluation")
-        print(measure.first_stage(trained, mesh, about, asked, args.workdir, _lpips(args)))
-        return
-    if args.lpips is not None:
-        raise UserError(f"--lpips={args.lpips} is of a first stage's reconstructions")
+        lpips = _lpips(args)
+        return asked.out, measure.first_stage(trained, mesh, about, asked, args.workdir, lpips)
+    _refuse(args, ("lpips",), "is of a first stage's reconstructions")
     average = "ema" if args.ema_length is None else f"ema of length {args.ema_length:g}"
     about["weights"] = average if args.workdir else args.weights
     options = {**_sampling(args, trained.config), "seed": args.seed}
     if args.inception is not None:
         asked = _features(args, here / "samples.evaluation")
-        print(measure.samples(trained, mesh, about, asked, options))
-        return
-    for name in ("reference", "save_statistics", "neighbours"):
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name}={getattr(args, name)} takes --inception=FILE, FID's weights")
+        return asked.out, measure.samples(trained, mesh, about, asked, options)
+    comparing = ("reference", "save_statistics", "neighbours")
+    _refuse(args, comparing, "takes --inception=FILE, FID's weights")
     out, number = Path(args.out or here / "evaluation.json"), args.number or measure.EXAMPLES
-    print(measure.task(trained, mesh, about, out, number, args.batch, options))
+    return out, measure.task(trained, mesh, about, out, number, args.batch, options)
+
+
+def _refuse(args, names: Sequence[str], why: str) -> None:
+    """Raises UserError if one of these options was given."""
+    for name in names:
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name}={getattr(args, name)} {why}")
 
 
 def _features(args, place):

@@ -274,6 +274,7 @@ def make_parser(run: Mapping[str, Callable[..., int | None]]) -> argparse.Argume
     about = p.add_argument_group("more").add_argument
     about("--lpips", type=named, metavar="FILE[,FILE]", help="its weights, of a first stage")
     about("--compare", nargs="+", metavar="FILE", help="print results side by side")
+    about("--json", action="store_true", help="print the result's file, for programs")
 
     p = verb("convert", "Bring a published checkpoint in, or write one.")
     add_from(p, "a checkpoint file or a diffusers folder to bring in")

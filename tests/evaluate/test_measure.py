@@ -225,6 +225,7 @@ def test_results_side_by_side_say_where_protocols_differ(tmp_path, capsys):
         (paths[:1], "--compare takes two results or more, not 1"),
         ([paths[0], tmp_path / "other.json"], "is no result of evaluate"),
         ([paths[0], tmp_path / "none.json"], "cannot be read"),
+        ([*paths, "--json"], "--json is of one result"),
     ):
         assert message in mistake(capsys, "evaluate", "--compare", *files)
 
@@ -238,6 +239,9 @@ def test_a_first_stage_from_the_command_line(tmp_path, capsys, network, vq):
     assert set(result["measures"]) == {*("l1", "psnr", "ssim", "rfid", "perplexity", "codes_used")}
     assert result["protocol"]["number"] == 12
     assert f"12 images, {tmp_path}/ae/evaluation.json" in capsys.readouterr().out
+    do("evaluate", workdir, "--number=12", "--json")
+    assert json.loads(capsys.readouterr().out)["measures"]["psnr"] == result["measures"]["psnr"]
+    assert "--steps=5 is of sampling" in mistake(capsys, "evaluate", workdir, "--steps=5")
     assert "--reference" in mistake(capsys, "evaluate", workdir, "--reference=x")
     message = mistake(capsys, "evaluate", workdir, "--lpips=none.pth")
     assert "none.pth" in message
