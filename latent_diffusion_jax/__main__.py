@@ -368,7 +368,7 @@ def _evaluated(args) -> tuple[Path, str]:
     about = {"of": args.workdir or args.origin, "step": trained.step}
     here = Path(args.workdir or ".")
     if trained.config.phase == "first_stage":
-        _refuse(args, ("sampler", "steps", "timesteps", "eta", "scale"), "is of sampling")
+        _refuse(args, ("sampler", "steps", "timesteps", "eta", "scale", "clip"), "is of samples")
         asked = _features(args, here / "evaluation")
         lpips = _lpips(args)
         return asked.out, measure.first_stage(trained, mesh, about, asked, args.workdir, lpips)
@@ -377,12 +377,14 @@ def _evaluated(args) -> tuple[Path, str]:
     about["weights"] = average if args.workdir else args.weights
     options = {**_sampling(args, trained.config), "seed": args.seed}
     if args.inception is not None:
+        _refuse(args, ("clip",), "goes without --inception")
         asked = _features(args, here / "samples.evaluation")
         return asked.out, measure.samples(trained, mesh, about, asked, options)
     comparing = ("reference", "save_statistics", "neighbours")
     _refuse(args, comparing, "takes --inception=FILE, FID's weights")
     out, number = Path(args.out or here / "evaluation.json"), args.number or measure.EXAMPLES
-    return out, measure.task(trained, mesh, about, out, number, args.batch, options)
+    captions = _clip_score(args), args.clip
+    return out, measure.task(trained, mesh, about, out, number, args.batch, options, *captions)
 
 
 def _refuse(args, names: Sequence[str], why: str) -> None:
@@ -401,6 +403,13 @@ def _features(args, place):
     if args.inception is not None:
         fields["inception"] = load_inception(args.inception)
     return Asked(**fields, out=Path(args.out or f"{place}.json"))
+
+
+def _clip_score(args):
+    from latent_diffusion_jax.convert.clip import load_clip
+    from latent_diffusion_jax.evaluate.clip import make_clip_score
+
+    return None if args.clip is None else make_clip_score(*load_clip(args.clip))
 
 
 def _lpips(args):

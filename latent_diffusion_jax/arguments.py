@@ -273,6 +273,7 @@ def make_parser(run: Mapping[str, Callable[..., int | None]]) -> argparse.Argume
     about("--neighbours", type=positive, metavar="N", help="of N images, in the reference: copies?")
     about = p.add_argument_group("more").add_argument
     about("--lpips", type=named, metavar="FILE[,FILE]", help="its weights, of a first stage")
+    about("--clip", type=named, metavar="DIR", help="of transformers, for a score of captions")
     about("--compare", nargs="+", metavar="FILE", help="print results side by side")
     about("--json", action="store_true", help="print the result's file, for programs")
 

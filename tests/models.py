@@ -1,6 +1,7 @@
 """Tiny models with random weights, for what training would not change; nothing is compiled."""
 
 import functools
+import json
 import math
 from pathlib import Path
 
@@ -48,3 +49,14 @@ def weights(shapes):
         return jnp.asarray(rng.normal(0, fan_in**-0.5, x.shape), x.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def write_clip_tokenizer(folder):
+    """Letters and "dog", with CLIP's own numbers of the start and the end; returns the numbers."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz"]
+    words = [*letters, *(f"{c}</w>" for c in letters), "do", "dog</w>"]
+    vocab = {word: i for i, word in enumerate(words)}
+    vocab |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\nd o\ndo g</w>\n")
+    return vocab

@@ -127,7 +127,7 @@ def test_help_shows_the_options_of_one_verb_with_examples(verb, capsys):
         "evaluate": {"--number", "--batch", "--seed", "--out", "--from", "--weights"}
         | {"--sampler", "--steps", "--timesteps", "--eta", "--scale", "--ema_length"}
         | {"--images", "--reference", "--inception", "--preparation", "--save_statistics"}
-        | {"--neighbours", "--lpips", "--compare", "--json"},
+        | {"--neighbours", "--lpips", "--clip", "--compare", "--json"},
         "reconstruct": {"--number", "--batch", "--input", "--out", "--from", "--weights"},
         "convert": {"--from", "--to", "--weights", "--dtype"},
         "export": {"--from", "--to", "--weights", "--platforms", "--size", "--window"}

@@ -128,9 +128,16 @@ def task(
     number: int,
     batch: int,
     options: Mapping[str, Any],
+    clip_score: tasks.Measure | None,
+    clip: str | None,
 ) -> str:
-    """What the model was asked for on validation examples, as `tasks` measures it."""
-    measures, shown, examples = tasks.evaluate(trained, mesh, number=number, batch=batch, **options)
+    """What the model was asked for on validation examples, as `tasks` measures it.
+
+    `clip` says where the weights of `clip_score` are from.
+    """
+    measures, shown, examples = tasks.evaluate(
+        trained, mesh, number=number, batch=batch, clip_score=clip_score, **options
+    )
     if jax.process_index():
         return ""
     picture = out.with_suffix(".png")
@@ -141,6 +148,7 @@ def task(
         **options,
         "options": dict(options["options"]),
         "weights": about["weights"],
+        **({} if clip is None else {"clip": clip}),
     }
     results.write(out, about, protocol, measures)
     return f"{results.lines(measures)}\n{len(shown)} validation examples, {out}, {picture}"

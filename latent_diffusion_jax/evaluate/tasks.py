@@ -25,22 +25,35 @@ Measures = dict[str, float]
 Measure = Callable[[np.ndarray, Examples], Measures]  # of samples uint8 [N, H, W, 3]
 SHOWN = 8
 ANY_IMAGES = ("lowres", "inpainting")
+CAPTIONS = ("text", "clip")
 
 
 def evaluate(
-    trained: pipeline.Trained, mesh: Mesh, *, number: int, batch: int, seed: int, **options: Any
+    trained: pipeline.Trained,
+    mesh: Mesh,
+    *,
+    number: int,
+    batch: int,
+    seed: int,
+    clip_score: Measure | None = None,
+    **options: Any,
 ) -> tuple[Measures, np.ndarray, list[dict]]:
     """Samples with the conditions of the first `number` validation examples and measures them.
+
+    `clip_score` is a further measure, of models of text.
 
     Returns:
       The measures; the samples uint8 [number, H, W, 3]; and the examples.
 
     Raises:
-      UserError: a task that needs the shapes data, on other data.
+      UserError: a task that needs the shapes data, on other data; a CLIP score without captions.
     """
     config = trained.config
     kind = config.conditioning.kind
-    if config.data.source.name != "shapes" and kind not in ANY_IMAGES:
+    if clip_score is not None and kind not in CAPTIONS:
+        raise UserError(f"a CLIP score is of captions; this model has conditioning {kind!r}")
+    readable = config.data.source.name == "shapes" or kind in ANY_IMAGES
+    if not readable and clip_score is None:
         raise UserError(
             f"evaluate reads samples on the data 'shapes', of {config.data.source.name!r} only"
             f" those of conditioning {' and '.join(ANY_IMAGES)}, not {kind!r}: give"
@@ -48,6 +61,9 @@ def evaluate(
         )
     if kind not in MEASURES:
         raise UserError(f"evaluate has no measure for conditioning {kind!r}")
+    measures: list[Measure] = [MEASURES[kind]] if readable else []
+    if clip_score is not None:
+        measures.append(clip_score)
     examples = validation_examples(config, number)
     keys = build.conditioner(config).keys
     inputs = {key: np.stack([example[key] for example in examples]) for key in keys}
@@ -56,7 +72,10 @@ def evaluate(
         trained, mesh, inputs=inputs, number=number, batch=batch, seed=seed, **options
     )
     images = np.concatenate([to_uint8(images) for images in batches])
-    return MEASURES[kind](images, examples), images, examples
+    found: Measures = {}
+    for measure in measures:
+        found |= measure(images, examples)
+    return found, images, examples
 
 
 def validation_examples(config: Any, number: int) -> list[dict]:
@@ -175,7 +194,7 @@ def write_picture(path: Path, kind: str, images: np.ndarray, examples: Examples)
             axis.set_xticks([])
             axis.set_yticks([])
         line[0].set_ylabel(name)
-    if kind in ("text", "clip"):
+    if kind in CAPTIONS:
         for axis, example in zip(axes[0], examples):
             axis.set_title("\n".join(textwrap.wrap(example["caption"], 22)), fontsize=7)
     figure.tight_layout(pad=0.3)

@@ -27,6 +27,7 @@ def conv(
     width: int = 3,
     stride: int = 1,
     padding=None,
+    use_bias: bool = True,
     kernel_init=lecun_normal,
 ) -> nn.Conv:
     """A convolution with torch's symmetric padding, `width // 2`."""
@@ -37,6 +38,7 @@ def conv(
         (width, width),
         stride,
         padding,
+        use_bias=use_bias,
         dtype=dtype,
         kernel_init=kernel_init,
         conv_general_dilated_cls=product,

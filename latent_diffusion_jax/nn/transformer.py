@@ -109,21 +109,44 @@ class ClipText(nn.Module):
         x = x + _embed(self.max_length, self.dim, f"{place}.position_embedding", self.dtype)(
             positions
         )
-        for layer in range(self.depth):
-            name = f"text_model.encoder.layers.{layer}"
-            x = x + self._attention(layer_norm(f"{name}.layer_norm1", dtype=self.dtype)(x), name)
-            x = x + self._mlp(layer_norm(f"{name}.layer_norm2", dtype=self.dtype)(x), name)
+        x = clip_layers(
+            x,
+            "text_model.encoder.layers",
+            depth=self.depth,
+            num_heads=self.num_heads,
+            activation=self.activation,
+            is_causal=True,
+            dtype=self.dtype,
+        )
         return layer_norm("text_model.final_layer_norm", dtype=self.dtype)(x).astype(jnp.float32)
 
-    def _attention(self, x, name):
-        q, k, v = (
-            dense(self.dim, f"{name}.self_attn.{which}_proj", dtype=self.dtype)(x)
-            for which in "qkv"
-        )
-        y = attend(q, k, v, self.num_heads, is_causal=True)
-        return dense(self.dim, f"{name}.self_attn.out_proj", dtype=self.dtype)(y)
 
-    def _mlp(self, x, name):
-        activation = choose("activation", self.activation, ACTIVATIONS)
-        y = activation(dense(4 * self.dim, f"{name}.mlp.fc1", dtype=self.dtype)(x))
-        return dense(self.dim, f"{name}.mlp.fc2", dtype=self.dtype)(y)
+def clip_layers(
+    x: jax.Array,
+    place: str,
+    *,
+    depth: int,
+    num_heads: int,
+    activation: str,
+    is_causal: bool,
+    dtype: Any,
+) -> jax.Array:
+    """The blocks of either tower of CLIP, [B, n, dim] -> [B, n, dim]; to be called in a module."""
+    dim, activate = x.shape[-1], choose("activation", activation, ACTIVATIONS)
+
+    def attention(x, name):
+        q, k, v = (dense(dim, f"{name}.{which}_proj", dtype=dtype)(x) for which in "qkv")
+        return dense(dim, f"{name}.out_proj", dtype=dtype)(
+            attend(q, k, v, num_heads, is_causal=is_causal)
+        )
+
+    def mlp(x, name):
+        return dense(dim, f"{name}.fc2", dtype=dtype)(
+            activate(dense(4 * dim, f"{name}.fc1", dtype=dtype)(x))
+        )
+
+    for layer in range(depth):
+        name = f"{place}.{layer}"
+        x = x + attention(layer_norm(f"{name}.layer_norm1", dtype=dtype)(x), f"{name}.self_attn")
+        x = x + mlp(layer_norm(f"{name}.layer_norm2", dtype=dtype)(x), f"{name}.mlp")
+    return x

@@ -1,7 +1,5 @@
 """Tokens, from vocabularies small enough to write down."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +11,7 @@ from latent_diffusion_jax.conditioning.spatial import lowres
 from latent_diffusion_jax.conditioning.text import clip, make_tokenize, text
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.nn.mixed import traced_for
+from tests.models import write_clip_tokenizer
 
 WORDS = ["a", "photograph", "of", "two", "dogs", "on", "the", "beach", "dog", "##s", "cat"]
 
@@ -53,12 +52,7 @@ def test_a_vocabulary_of_other_numbers_is_refused(tmp_path):
 
 def test_clip_tokens(tmp_path):
     """From vocab.json and merges.txt; the end token fills up, or what `pad` says."""
-    letters = [*"abcdefghijklmnopqrstuvwxyz"]
-    words = [*letters, *(f"{c}</w>" for c in letters), "do", "dog</w>"]
-    vocab = {word: i for i, word in enumerate(words)}
-    vocab |= {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\nd o\ndo g</w>\n")
+    vocab = write_clip_tokenizer(tmp_path)
     tokens = make_tokenize("clip", str(tmp_path), 7)(["A Dog", ""])
     assert tokens[0].tolist() == [49406, vocab["a</w>"], vocab["dog</w>"], *[49407] * 4][:7]
     assert tokens[1].tolist() == [49406, *[49407] * 6]

@@ -241,7 +241,7 @@ def test_a_first_stage_from_the_command_line(tmp_path, capsys, network, vq):
     assert f"12 images, {tmp_path}/ae/evaluation.json" in capsys.readouterr().out
     do("evaluate", workdir, "--number=12", "--json")
     assert json.loads(capsys.readouterr().out)["measures"]["psnr"] == result["measures"]["psnr"]
-    assert "--steps=5 is of sampling" in mistake(capsys, "evaluate", workdir, "--steps=5")
+    assert "--steps=5 is of samples" in mistake(capsys, "evaluate", workdir, "--steps=5")
     assert "--reference" in mistake(capsys, "evaluate", workdir, "--reference=x")
     message = mistake(capsys, "evaluate", workdir, "--lpips=none.pth")
     assert "none.pth" in message
