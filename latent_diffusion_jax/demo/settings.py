@@ -20,7 +20,7 @@ from latent_diffusion_jax.data.transforms import to_uint8
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.inputs import OPTIONS, TEXTS, Given, read_inputs
 from latent_diffusion_jax.pipeline import Trained
-from latent_diffusion_jax.train.checksum import checksums
+from latent_diffusion_jax.train.checksum import digest
 
 KEY = "latent_diffusion_jax"  # of the PNG's text
 MAX_NUMBER = 16  # images of one run
@@ -108,9 +108,8 @@ def _check_sizes(settings: Settings, given: Given) -> None:
 
 def fingerprint(trained: Trained) -> str:
     """Of the weights and of what they are computed in: of other ones come other images."""
-    sums = checksums((trained.params, trained.frozen))
     dtype = np.dtype(build.dtype(trained.config)).name
-    return f"{sum(sums.values()) % 2**32:08x} {dtype}"
+    return f"{digest((trained.params, trained.frozen))} {dtype}"
 
 
 def write_png(image: np.ndarray, index: int, settings: Settings, model: str) -> bytes:

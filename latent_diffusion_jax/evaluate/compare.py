@@ -1,7 +1,6 @@
 """How a set of images compares with another, in Inception's features."""
 
 import itertools
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.evaluate import distances, features, sets
 from latent_diffusion_jax.evaluate.neighbours import Neighbours, find_neighbours
+from latent_diffusion_jax.train.checksum import digest
 
 NEIGHBOURS = 3
 NEAR = 10_000  # images of a set that neighbourhoods are of, at most: ADM's number
@@ -60,7 +60,7 @@ def compare(
             raise UserError(f"{_name(found)} has one image; a set has two or more")
     if neighbours and others is None:
         raise UserError(f"--neighbours={neighbours} are of reference images, not of statistics")
-    weights = {"inception": _digest(inception)}
+    weights = {"inception": digest(inception)}
     run = features.make_network(inception, mesh)
 
     def seen(found: sets.Images, name: str) -> features.Stored:
@@ -140,11 +140,3 @@ def _some(features: np.ndarray, number: int) -> np.ndarray:
     """So many of them, drawn at random: sets are often sorted by class."""
     chosen = np.random.RandomState(distances.SEED).permutation(len(features))[:number]
     return features[np.sort(chosen)]
-
-
-def _digest(params: Any) -> str:
-    """What tells these weights from others, whatever file they came in."""
-    total = 0
-    for leaf in jax.tree.leaves(params):
-        total = zlib.crc32(np.asarray(leaf).tobytes(), total)
-    return f"{total:08x}"

@@ -5,8 +5,6 @@ measured of a set can go on at any of them.
 """
 
 import itertools
-import json
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,17 +17,12 @@ from latent_diffusion_jax import build, pipeline, sampling
 from latent_diffusion_jax.data.transforms import center_square, resize, to_float, to_uint8
 from latent_diffusion_jax.evaluate.sets import Images
 from latent_diffusion_jax.evaluate.tasks import make_example
-from latent_diffusion_jax.train.checksum import checksums
+from latent_diffusion_jax.train.checksum import digest
 from latent_diffusion_jax.train.sharding import put_rows
 
 AHEAD = 64  # images of a data set that are read at once
 
 Inputs = Callable[[np.ndarray], Mapping[str, np.ndarray]]
-
-
-def digest(tree: Any) -> str:
-    """What tells weights from others, wherever they lie."""
-    return f"{zlib.crc32(json.dumps(checksums(tree)).encode()):08x}"
 
 
 def conditions(config: ConfigDict) -> tuple[str, Inputs]:
