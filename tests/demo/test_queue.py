@@ -84,7 +84,8 @@ def test_edits_too_and_what_is_known_stays(strength):
     files = {"image": ("a.png", as_png(photo)), "mask": ("m.png", as_png(hole))}
     settings = dataclasses.replace(SETTINGS, files=files, strength=strength)
     images = runs(model, settings)[-1].images
-    np.testing.assert_array_equal(images, of_sample(model, settings))
+    # XLA sums otherwise in one program of all steps: 4e-6 where a strength starts half-way
+    np.testing.assert_allclose(images, of_sample(model, settings), atol=2e-5)
     assert abs((images[:, :, :32] + 1) * 127.5 - photo[:, :32]).max() < 1e-3
 
 
