@@ -89,7 +89,7 @@ class GroupNorm(nn.Module):
 
         def of_groups(values):
             of_channels = values.mean(range(1, x.ndim - 1))
-            return of_channels.reshape(len(x), self.num_groups, -1).mean(-1)
+            return of_channels.reshape(x.shape[0], self.num_groups, -1).mean(-1)
 
         mean = of_groups(x)
         # two passes: E[x^2] - E[x]^2 cancels where a group's mean is far from zero
