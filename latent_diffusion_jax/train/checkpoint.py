@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import sys
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -26,6 +27,8 @@ from latent_diffusion_jax.cluster import everywhere
 from latent_diffusion_jax.errors import UserError, differences
 from latent_diffusion_jax.train.checksum import checksums
 from latent_diffusion_jax.train.state import TRAINING_ONLY, Params, TrainState
+
+_OTHER_READS_SECONDS = 0.5
 
 
 class _BrokenError(Exception):
@@ -260,6 +263,9 @@ class Checkpointer:
             except Exception as error:  # Orbax and TensorStore raise nearly everything
                 failure = _one_line(error)
             if failure:
+                # Orbax leaves its other reads running. They must end before what they report to is
+                # collected (TensorStore may crash otherwise), and there is nothing to wait for.
+                time.sleep(_OTHER_READS_SECONDS)
                 gc.collect()  # coroutines that it left behind complain when they are collected
         # One process may meet a bad file that the others do not read: all go the same way.
         if not everywhere(failure is None):
