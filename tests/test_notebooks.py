@@ -9,7 +9,6 @@ from tests.cli import ROOT
 nbformat = pytest.importorskip("nbformat", reason="pip install -e '.[dev]'")
 
 NOTEBOOKS = ("quickstart", "evaluate", "import_export", "own_images", "tasks")
-LONG = ("own_images", "tasks")  # they train models of their own: minutes
 FIRST = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", 4).cells[1].source
 
 
@@ -19,12 +18,12 @@ def read(name):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The first three share a model: what one has trained the next finds."""
+    """The first three share a model: what one has trained the next finds, or trains."""
     return tmp_path_factory.mktemp("runs")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in NOTEBOOKS]
+    "name", ["quickstart", *(pytest.param(n, marks=pytest.mark.slow) for n in NOTEBOOKS[1:])]
 )
 def test_runs_from_top_to_bottom(name, runs, monkeypatch):
     client = pytest.importorskip("nbclient", reason="pip install -e '.[dev]'")
