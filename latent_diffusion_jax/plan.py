@@ -88,7 +88,7 @@ def plan(config: ConfigDict, step: Step, mesh: AnyMesh) -> dict[str, Any]:
     state = {**state_bytes(step, mesh), "batch": accumulate * sum(map(_bytes, batch.values()))}
     turns = list(_turns(config, step))
     copies = [sum(_bytes(x) for x in turn.reads if _ways(x, mesh) > 1) for turn in turns]
-    backward = max(turn.peak for turn in turns)
+    backward = max(max(turn.peak, turn.summed(mesh)) for turn in turns)
     if accumulate > 1:  # and the sum so far
         backward += max(bytes_per_device(turn.gradients, mesh) for turn in turns)
     held = {**state, "gathered": max(copies), "backward": backward}
@@ -134,6 +134,10 @@ class _Turn(NamedTuple):
     reads: list[Any]
     gradients: Any
     peak: int
+
+    def summed(self, mesh: AnyMesh) -> int:
+        """Bytes while gradients are summed over devices: the sums are made beside their terms."""
+        return (2 if mesh.size > 1 else 1) * sum(map(_bytes, jax.tree.leaves(self.gradients)))
 
 
 def _turns(config: ConfigDict, step: Step) -> Iterator[_Turn]:

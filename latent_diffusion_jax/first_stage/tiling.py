@@ -10,10 +10,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion_jax.errors import UserError
+from latent_diffusion_jax.nn.group_norm import GroupNorm, normalise, statistics
 from latent_diffusion_jax.nn.windows import make_grid, ramp_weight
 
 Statistics = dict[str, tuple[jax.Array, jax.Array]]  # of a norm's groups: mean and mean square
@@ -49,23 +49,19 @@ def observed(
     """function(*args) and the statistics of its GroupNorms, which use those given instead."""
     found: Statistics = {}
 
-    def normalise(call, args, kwargs, context):
+    def share(call, args, kwargs, context):
         norm = context.module
-        if not isinstance(norm, nn.GroupNorm) or context.method_name != "__call__":
+        if not isinstance(norm, GroupNorm) or context.method_name != "__call__":
             return call(*args, **kwargs)
-        x = args[0].astype(jnp.float32)
-        groups = x.reshape(*x.shape[:-1], norm.num_groups, -1)
-        axes = (*range(1, x.ndim - 1), x.ndim)
-        mean = groups.mean(axes, keepdims=True)
-        place = "/".join(norm.path)
-        found[place] = mean, groups.var(axes, keepdims=True) + mean**2
+        (x,), place, weights = args, "/".join(norm.path), norm.variables["params"]
+        mean, variance = statistics(x, norm.num_groups)
+        found[place] = mean, variance + mean**2
         mean, square = found[place] if given is None else given[place]
-        unit = (groups - mean) * jax.lax.rsqrt(square - mean**2 + norm.epsilon)
-        weights = norm.variables["params"]
-        scale, bias = (jnp.expand_dims(weights[n], range(x.ndim - 1)) for n in ("scale", "bias"))
-        return (unit.reshape(x.shape) * scale + bias).astype(args[0].dtype)
+        shared = mean, square - mean**2
+        x = normalise(x, *shared, weights["scale"], weights["bias"], norm.epsilon)
+        return x.astype(norm.dtype)
 
-    with nn.intercept_methods(normalise):
+    with nn.intercept_methods(share):
         return function(*args), found
 
 

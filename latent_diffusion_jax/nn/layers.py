@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_diffusion_jax.errors import UserError
+from latent_diffusion_jax.nn.group_norm import GroupNorm
 from latent_diffusion_jax.nn.mixed import policy
 
 # flax's default: three times the variance of torch's, with which short runs learn markedly faster
@@ -61,16 +63,9 @@ def dense(
     )
 
 
-def group_norm(name: str, *, num_groups: int, epsilon: float, dtype: Any) -> nn.GroupNorm:
-    """GroupNorm with float32 statistics; epsilon is 1e-5 in the UNet, 1e-6 in the first stages."""
-    # the two-pass variance: E[x^2] - E[x]^2 cancels where a group's mean is far from zero
-    return nn.GroupNorm(
-        num_groups,
-        epsilon=epsilon,
-        dtype=policy(dtype).dtype,
-        use_fast_variance=False,
-        name=name,
-    )
+def group_norm(name: str, *, num_groups: int, epsilon: float, dtype: Any) -> GroupNorm:
+    """GroupNorm; epsilon is 1e-5 in the UNet, 1e-6 in the first stages."""
+    return GroupNorm(num_groups, epsilon, policy(dtype).dtype, name=name)
 
 
 def layer_norm(name: str, *, dtype: Any) -> nn.LayerNorm:
@@ -86,6 +81,24 @@ def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> 
     angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
     embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
+
+
+def position_embedding(h: int, w: int, dim: int) -> jax.Array:
+    """Sinusoids [h, w, dim] of where a pixel is: its row's, then its column's.
+
+    The image is 1 high and wide, whatever its size, as for boxes; periods are 4, 2, 1, 1/2, ...
+
+    Raises:
+      UserError: dim is no multiple of 4.
+    """
+    if dim % 4:
+        raise UserError(f"unet.position_channels {dim}: sine and cosine of two axes need fours")
+    frequencies = np.pi / 2 * 2.0 ** np.arange(dim // 4)
+    rows, columns = (((np.arange(n) + 0.5) / n)[:, None] * frequencies for n in (h, w))
+    rows, columns = (np.concatenate([np.sin(a), np.cos(a)], axis=-1) for a in (rows, columns))
+    half = (h, w, dim // 2)
+    places = np.broadcast_to(rows[:, None], half), np.broadcast_to(columns[None], half)
+    return jnp.asarray(np.concatenate(places, axis=-1), jnp.float32)
 
 
 def upsample_nearest(x: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """The UNet's building blocks against the original's numbers, one module at a time."""
 
+import flax.linen as linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,3 +76,33 @@ def test_group_norm_survives_a_large_mean():
     exact = x.astype(np.float64).reshape(256, 4, 2)
     exact = (exact - exact.mean(axis=(0, 2), keepdims=True)) / exact.std(axis=(0, 2), keepdims=True)
     np.testing.assert_allclose(out, exact.reshape(x.shape), atol=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7, 12), (2, 9, 8)])
+def test_group_norm_and_its_gradients_are_linens(shape):
+    rng = np.random.default_rng(0)
+    x, upstream = jnp.asarray(1 + 2 * rng.normal(size=(2, *shape)), jnp.float32)
+    scale, bias = jnp.asarray(rng.normal(size=(2, shape[-1])), jnp.float32)
+    ours = group_norm("norm", num_groups=4, epsilon=1e-5, dtype=jnp.float32)
+    theirs = linen.GroupNorm(4, epsilon=1e-5, use_fast_variance=False)
+
+    def pulled_back(norm):
+        def apply(x, scale, bias):
+            return norm.apply({"params": {"scale": scale, "bias": bias}}, x)
+
+        y, back = jax.vjp(apply, x, scale, bias)
+        return y, back(upstream)
+
+    found, expected = (pulled_back(norm) for norm in (ours, theirs))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-5), found, expected
+    )
+
+
+def test_group_norm_keeps_its_input_alone_for_the_backward_pass():
+    x = jnp.ones((2, 16, 16, 8))
+    params = {"params": {"scale": jnp.ones(8), "bias": jnp.zeros(8)}}
+    norm = group_norm("norm", num_groups=4, epsilon=1e-5, dtype=jnp.float32)
+    back = jax.vjp(lambda x: norm.apply(params, x), x)[1]
+    kept = jax.tree.leaves(back)
+    assert [leaf.shape for leaf in kept if leaf.size > 64] == [x.shape]

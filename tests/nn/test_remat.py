@@ -51,8 +51,8 @@ def test_less_is_kept_resolution_by_resolution(network):
 
 def test_changing_up_inside_a_block_counts_as_the_finer():
     changes = dict(resblock_updown=True, attention_resolutions=())
-    plain, fine = (kept(unet, remat, **changes)[0] for remat in ("none", "1:full"))
-    assert fine < 0.62 * plain
+    fine, coarse = (kept(unet, remat, **changes)[0] for remat in ("1:full", "2:full"))
+    assert fine < coarse  # the other way round if it counted as the coarser
 
 
 def test_policies_by_resolution():
