@@ -33,12 +33,9 @@ LDM4 = {
 }
 
 
-# What tokens mean is learned late: what is where weighs most, pixels know where they are, and
-# steps and batches are small.
+# What tokens mean is learned late: what is where weighs most, and batches are small.
 TOKENS = {
     **steps(12_000),
-    "optim.lr": 3e-4,
-    "unet.position_channels": 16,
     "diffusion.weighting": "min_snr",
     "diffusion.min_snr_gamma": 0.5,
     "train.batch_size": 16,
@@ -93,7 +90,6 @@ def get_config(arg=""):
             num_heads=4,
             transformer_depth=1,
             num_groups=32,
-            position_channels=0,
             remat="none",
         ),
         diffusion=sections.diffusion(),

@@ -204,15 +204,10 @@ def named(weights: Weights, config: ConfigDict, step: int = 0) -> dict[str, Make
     """Every tensor of a checkpoint by its published key, in the published order.
 
     `step` counts the updates of the averages.
-
-    Raises:
-      UserError: the original has no such model.
     """
     prefix = prefixes(config)
     if config.phase == "first_stage":
         return write_tree(weights.params["autoencoder"], prefix["autoencoder"])
-    if config.unet.get("position_channels", 0):
-        raise UserError("the original has no UNet with positions (unet.position_channels)")
     linear = bool(config.unet.get("linear_projections", False))
     trees = {**weights.params, **weights.frozen}
     constants = {**buffers(config), "scale_factor": np.float32(config.latents.scale)}

@@ -22,7 +22,6 @@ from latent_diffusion_jax.nn.layers import (
     conv,
     dense,
     group_norm,
-    position_embedding,
     timestep_embedding,
     zeros,
 )
@@ -45,8 +44,6 @@ class UNet(nn.Module):
       resblock_updown: resolution changes inside residual blocks, not by convolutions.
       linear_projections: checkpoints hold a spatial transformer's projections as linear layers, as
         Stable Diffusion 2's, not as 1x1 convolutions; the same numbers.
-      position_channels: of sines of each pixel's place in the image, concatenated to z_t, so that
-        what is to be where is learned from fewer images. 0 in all published models.
       remat: which blocks compute their activations again in the backward pass: a policy of
         `nn.remat` for all, or pairs "1:full,2:dots" of a downsampling factor and a policy.
       dtype: compute dtype; parameters and the result are float32.
@@ -65,7 +62,6 @@ class UNet(nn.Module):
     linear_projections: bool = False
     dropout: float = 0.0
     num_groups: int = 32
-    position_channels: int = 0
     remat: str = "none"
     dtype: Any = jnp.float32
 
@@ -78,11 +74,6 @@ class UNet(nn.Module):
         t = jnp.broadcast_to(t, z_t.shape[:1])
         embedding = self._time_embedding(t, cond)
         x = z_t if cond.concat is None else jnp.concatenate([z_t, cond.concat], axis=-1)
-        if self.position_channels:
-            _, h, w, _ = x.shape
-            places = position_embedding(h, w, self.position_channels).astype(x.dtype)
-            places = jnp.broadcast_to(places, (*x.shape[:3], self.position_channels))
-            x = jnp.concatenate([x, places], axis=-1)
 
         levels = len(self.channel_mult)
         remat = policies(self.remat, levels)

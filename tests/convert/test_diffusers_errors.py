@@ -44,7 +44,6 @@ def line(call, *args, **kwargs):
         ),
         (sections(KL, {**TEXT_UNET, "resblock_updown": True}, CLIP), "resblock_updown"),
         (sections(KL, {**UNET, "channel_mult": (2, 2)}, NONE), r"unet.channel_mult \[2, 2\]"),
-        (sections(KL, {**UNET, "position_channels": 8}, NONE), "position_channels"),
         (sections(KL, TEXT_UNET, NONE), "spatial transformers and no context"),
         (sections(KL, UNET, CLIP), "reads no context"),
         (sections({**KL, "z_channels": 3}, UNET, NONE), r"embed_dim \(4\) other than .* \(3\)"),

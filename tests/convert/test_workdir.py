@@ -204,14 +204,6 @@ def test_what_is_trained_here_goes_out_whole(mesh, tmp_path):
         np.testing.assert_array_equal(ours[key], wanted, err_msg=key)
 
 
-def test_a_unet_that_the_original_does_not_have_stays_here():
-    config = load_config(LDM, [])
-    with config.unlocked():
-        config.unet.position_channels = 8
-    with pytest.raises(UserError, match=r"position_channels"):
-        compvis.named(compvis.Weights({}, {}, {}), config)
-
-
 def test_the_text_encoder_of_stable_diffusion_2_goes_out_as_it_came(mesh, tmp_path):
     """Under OpenCLIP's names, with the last block, which nothing reads."""
     spec = "configs/diffusion/sd2.py:tiny"

@@ -5,8 +5,6 @@ import numpy as np
 import pytest
 
 from latent_diffusion_jax.conditioning.cond import Cond
-from latent_diffusion_jax.errors import UserError
-from latent_diffusion_jax.nn.layers import position_embedding
 from latent_diffusion_jax.nn.unet import UNet
 from tests.published import golden, nhwc, weights
 
@@ -54,28 +52,3 @@ def test_published_unet(name):
     zero = jax.tree.map(lambda x: np.zeros_like(x[:1]), (z, cond))
     eps = apply({"params": params}, zero[0], a["t"][:1], zero[1])
     assert np.abs(eps - nhwc(a["out_eps_zero_input"])).max() < 3e-5
-
-
-def test_positions_tell_pixels_apart_that_see_the_same():
-    flat, t = np.zeros((1, 32, 32, 4), np.float32), np.zeros(1, np.int32)
-    seen = {}
-    for channels in (0, 8):
-        config = dict(channel_mult=(1,), num_res_blocks=0, num_heads=1, position_channels=channels)
-        unet = UNet(32, 4, **config)
-        params = unet.init(jax.random.key(0), flat, t, Cond())["params"]
-        params["out.2"]["kernel"] = np.full_like(params["out.2"]["kernel"], 0.1)
-        seen[channels] = unet.apply({"params": params}, flat, t, Cond())[0, 15:17, 15:17]
-    assert np.ptp(seen[0], (0, 1)).max() < 1e-6  # far from the edges
-    assert np.ptp(seen[8], (0, 1)).min() > 1e-3
-
-
-def test_positions_are_of_the_image_not_of_pixels():
-    small, large = position_embedding(2, 3, 8), position_embedding(6, 9, 8)
-    np.testing.assert_allclose(small, large[1::3, 1::3], atol=1e-6)
-    row, column = (1.5 / 2, 0.5 / 3)
-    expected = [
-        f(np.pi / 2 * k * x) for x in (row, column) for f in (np.sin, np.cos) for k in (1, 2)
-    ]
-    np.testing.assert_allclose(small[1, 0], expected, atol=1e-6)
-    with pytest.raises(UserError, match="position_channels 6"):
-        position_embedding(2, 3, 6)

@@ -95,8 +95,6 @@ def to_config(
             f"diffusers has no UNet with unet.channel_mult {list(unet.channel_mult)}: its first"
             " convolution has as many channels as its first level"
         )
-    if unet.position_channels:
-        raise UserError("diffusers has no UNet with positions (unet.position_channels)")
     attention = [has_attention(unet, level) for level in range(len(widths))]
     config = dict(
         SAME,
