@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_diffusion_jax.errors import UserError
 from latent_diffusion_jax.nn.group_norm import GroupNorm
 from latent_diffusion_jax.nn.mixed import policy
 
@@ -81,24 +80,6 @@ def timestep_embedding(t: jax.Array, dim: int, max_period: float = 10_000.0) -> 
     angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
     embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
-
-
-def position_embedding(h: int, w: int, dim: int) -> jax.Array:
-    """Sinusoids [h, w, dim] of where a pixel is: its row's, then its column's.
-
-    The image is 1 high and wide, whatever its size, as for boxes; periods are 4, 2, 1, 1/2, ...
-
-    Raises:
-      UserError: dim is no multiple of 4.
-    """
-    if dim % 4:
-        raise UserError(f"unet.position_channels {dim}: sine and cosine of two axes need fours")
-    frequencies = np.pi / 2 * 2.0 ** np.arange(dim // 4)
-    rows, columns = (((np.arange(n) + 0.5) / n)[:, None] * frequencies for n in (h, w))
-    rows, columns = (np.concatenate([np.sin(a), np.cos(a)], axis=-1) for a in (rows, columns))
-    half = (h, w, dim // 2)
-    places = np.broadcast_to(rows[:, None], half), np.broadcast_to(columns[None], half)
-    return jnp.asarray(np.concatenate(places, axis=-1), jnp.float32)
 
 
 def upsample_nearest(x: jax.Array) -> jax.Array:
