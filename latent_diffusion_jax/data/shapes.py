@@ -8,6 +8,7 @@ import functools
 import hashlib
 import math
 import operator
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ COLOURS = {
     "yellow": (240, 210, 40),
 }
 CLASS_NAMES = tuple(f"{colour} {kind}" for kind in KINDS for colour in COLOURS)
+BACKGROUNDS = {"dark": (20, 70), "light": (185, 235)}  # the range of their grey
 MAX_SHAPES = 3
 VALIDATION = 2_000  # examples at most: more would be encoded, and seen by nobody
 
@@ -101,9 +103,10 @@ class Shapes:
       shapes: the least and the most shapes of one image, 1 to 3.
       held_out: the share of all captions that never occur in training; where it is above 0, no
         other captions occur in validation. From 0 to below 1.
+      backgrounds: of BACKGROUNDS, as often each. With both, most of an image's variance is which.
 
     Raises:
-      UserError: an unknown split, or a number out of range.
+      UserError: an unknown split or background, or a number out of range.
     """
 
     class_names = CLASS_NAMES
@@ -118,6 +121,7 @@ class Shapes:
         seed: int = 0,
         shapes: tuple[int, int] = (1, 1),
         held_out: float = 0.0,
+        backgrounds: Sequence[str] = tuple(BACKGROUNDS),
     ):
         choose("split", split, SPLITS)
         fewest, most = shapes
@@ -131,6 +135,9 @@ class Shapes:
             raise UserError(f"shapes {tuple(shapes)} must be (min, max) within 1 to {MAX_SHAPES}")
         if not 0 <= held_out < 1:
             raise UserError(f"shapes held_out {held_out} must be from 0 to below 1")
+        if not backgrounds:
+            raise UserError(f"shapes backgrounds () must name some of {', '.join(BACKGROUNDS)}")
+        self.greys = [choose("shapes background", name, BACKGROUNDS) for name in backgrounds]
         self.split, self.image_size, self.seed = split, image_size, seed
         self.size = size if split == "train" else min(size, VALIDATION)
         self.held_out = held_out
@@ -146,9 +153,7 @@ class Shapes:
         # The split is in the key and the index in the counter: two streams never meet.
         philox = np.random.Philox(key=[self.seed, SPLITS[self.split]], counter=[0, 0, 0, index])
         generator = np.random.Generator(philox)
-        shade = (
-            generator.uniform(20, 70) if generator.random() < 0.5 else generator.uniform(185, 235)
-        )
+        shade = generator.uniform(*self.greys[int(generator.random() * len(self.greys))])
         while True:
             shapes = draw_shapes(generator, int(generator.integers(self.fewest, self.most + 1)))
             if self._belongs(describe(shapes)):

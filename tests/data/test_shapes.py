@@ -94,6 +94,20 @@ def test_several_shapes_are_largest_first_and_all_mostly_visible():
             assert visible > 0.75 * least[CLASS_NAMES[label].split()[1]] * sides.sum()
 
 
+def test_backgrounds_as_asked_and_nothing_else_changes():
+    def greys(**options):
+        images = [source(**options)[i] for i in range(60)]
+        return np.array([np.median(e["image"][e["segmentation"] == 0]) for e in images])
+
+    both, dark, light = greys(), greys(backgrounds=["dark"]), greys(backgrounds=("light",))
+    assert dark.min() >= 20 and dark.max() <= 70 and light.min() >= 185 and light.max() <= 235
+    assert 15 <= np.sum(both < 128) <= 45
+    np.testing.assert_array_equal(dark[both < 128], both[both < 128])
+    a, b = source(), source(backgrounds=["dark"])
+    for i in range(20):
+        np.testing.assert_array_equal(a[i]["boxes"], b[i]["boxes"])
+
+
 def test_captions_say_where_the_boxes_are():
     shapes = source(shapes=(2, 3))
     apart = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
@@ -138,6 +152,8 @@ def test_a_larger_image_is_the_same_scene():
         ({"shapes": (0, 1)}, r"\(0, 1\)"),
         ({"shapes": (2, 1)}, r"\(2, 1\)"),
         ({"shapes": (1, 4)}, r"\(1, 4\)"),
+        ({"backgrounds": ()}, r"backgrounds \(\) must name some of dark, light"),
+        ({"backgrounds": ("drak",)}, "unknown shapes background 'drak'; did you mean 'dark'"),
     ],
 )
 def test_faults(options, message):
