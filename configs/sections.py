@@ -32,7 +32,14 @@ def make(arg, variants, **sections):
 
 def shapes(image_size, **changes):
     """The embedded data set."""
-    source = dict(name="shapes", image_size=image_size, size=10_000, seed=0, shapes=(1, 1))
+    source = dict(
+        name="shapes",
+        image_size=image_size,
+        size=10_000,
+        seed=0,
+        shapes=(1, 1),
+        backgrounds=("dark", "light"),
+    )
     return dict(source={**source, **changes}, image_size=image_size, crop="center", flip=False)
 
 

@@ -124,7 +124,7 @@ def largest(workdir, step):
     return max(files, key=lambda path: path.stat().st_size)
 
 
-@pytest.mark.parametrize("phase", ["phase_1", "phase_2"])
+@pytest.mark.parametrize("phase", [pytest.param("phase_1", marks=pytest.mark.slow), "phase_2"])
 def test_nothing_is_lost(phase, request, tmp_path):
     command, straight = request.getfixturevalue(phase)
     workdir = tmp_path / "disturbed"

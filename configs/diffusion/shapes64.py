@@ -33,9 +33,11 @@ LDM4 = {
 }
 
 
-# What tokens mean is learned late: what is where weighs most, and batches are small.
+# What tokens mean is learned late: what is where weighs most, batches are small, and backgrounds,
+# of which nothing is said, are alike.
 TOKENS = {
     **steps(12_000),
+    "data.source.backgrounds": ("dark",),
     "diffusion.weighting": "min_snr",
     "diffusion.min_snr_gamma": 0.5,
     "train.batch_size": 16,

@@ -100,7 +100,8 @@ def test_backgrounds_as_asked_and_nothing_else_changes():
         return np.array([np.median(e["image"][e["segmentation"] == 0]) for e in images])
 
     both, dark, light = greys(), greys(backgrounds=["dark"]), greys(backgrounds=("light",))
-    assert dark.min() >= 20 and dark.max() <= 70 and light.min() >= 185 and light.max() <= 235
+    assert (dark.min() >= 20, dark.max() <= 70) == (True, True)
+    assert (light.min() >= 185, light.max() <= 235) == (True, True)
     assert 15 <= np.sum(both < 128) <= 45
     np.testing.assert_array_equal(dark[both < 128], both[both < 128])
     a, b = source(), source(backgrounds=["dark"])
