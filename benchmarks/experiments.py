@@ -323,12 +323,18 @@ def groups(rows: Sequence[Row], name: str) -> Mapping[Any, list[Row]]:
 
 def draw_compression(axes: Sequence[Any], rows: Sequence[Row]) -> None:
     """Figures 6 and 7 in small."""
+    from matplotlib.ticker import LogLocator
+
     for f, own in groups(rows, "f").items():
         line(axes[0], [r for r in own if "at" in r], "training_tflop", "class", label=f"f = {f}")
         ends = [r for r in own if r["part"] in ("end", f"{CURVE}/{CURVE}")]
         line(axes[1], ends, "sampling_gflop", "class", label=f"f = {f}")
-    axes[0].set(xscale="log", xlabel="training, TFLOP", ylabel="class right")
-    axes[1].set(xscale="log", xlabel="sampling, GFLOP an image")
+    axes[0].set(xscale="log", ylim=(0, 1), xlabel="training, TFLOP", ylabel="class right")
+    axes[1].set(xscale="log", ylim=(0, 1), xlabel="sampling, GFLOP an image")
+    for axis in axes:
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
 
 
 def draw_steps(axes: Sequence[Any], rows: Sequence[Row]) -> None:

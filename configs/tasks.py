@@ -21,7 +21,12 @@ TASKS = {
     "layout": {
         **AVERAGED,
         "conditioning": dict(
-            kind="layout", vocab_size=1024, max_objects=8, num_classes=12, **TRANSFORMER
+            kind="layout",
+            vocab_size=8192,  # corners on a grid of 90 x 90
+            max_objects=8,
+            num_classes=12,
+            encoder="boxes",
+            dim=128,
         ),
     },
     "semantic": {

@@ -57,7 +57,8 @@ def get_config(arg=""):
             "layout": {
                 **tasks.TASKS["layout"],
                 **TOKENS,
-                "conditioning.vocab_size": 441,  # corners on a grid of 21 x 21
+                **steps(8_000),
+                "optim.lr": 4e-4,
                 "conditioning.max_objects": 3,
             },
             "semantic": {**tasks.TASKS["semantic"], **LDM4, **steps(1_200)},

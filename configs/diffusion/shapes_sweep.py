@@ -17,7 +17,7 @@ from configs import sections
 from configs.diffusion import shapes
 from configs.first_stage import shapes as first_stage
 
-STEPS = {"1": 48, "2": 200, "4": 700, "8": 1_200}
+STEPS = {"1": 100, "2": 450, "4": 1_500, "8": 2_500}
 
 
 def factor(f):
@@ -47,7 +47,9 @@ def get_config(arg=""):
             },
         },
         **{name: base[name] for name in ("phase", "first_stage", "diffusion", "latents")},
-        data=sections.shapes(32, size=3_000),
+        data=sections.shapes(
+            32, size=3_000, backgrounds=("dark",)
+        ),  # what is learned soon is the shapes
         conditioning=dict(kind="label", num_classes=12, dim=64),
         unet={**base.unet, "model_channels": 32},
         optim=sections.adamw(1e-3, schedule=sections.warm_up(20)),

@@ -3,22 +3,30 @@
 Source: the original's `ObjectsBoundingBoxConditionalBuilder`. 30 times (class, top-left corner,
 bottom-right corner), then the two corners of the crop: 92 tokens of a vocabulary of 8192, read by
 the paper's transformer. A corner is one token, its cell in a grid of 90 x 90.
+
+The transformer has to learn which corners are of which class, and where each cell of the grid is.
+`Boxes` is told so: it learns on little data (docs/tasks.md), and no published model has it.
 """
 
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion_jax.conditioning.cond import Conditioner
 from latent_diffusion_jax.conditioning.text import token_conditioner
-from latent_diffusion_jax.errors import UserError
+from latent_diffusion_jax.errors import UserError, choose
+from latent_diffusion_jax.nn.layers import dense
 from latent_diffusion_jax.nn.transformer import TextTransformer
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1, in 0..1 of the image
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+FLAGS = 4  # annotations of an object, bits beside its class
+OCTAVES = 6  # of the sines of a coordinate
 
 
 class Object(NamedTuple):
@@ -38,22 +46,80 @@ def layout(
     max_objects: int = 30,
     num_classes: int,
     dim: int,
-    depth: int,
+    encoder: str = "transformer",
+    depth: int = 0,
     num_heads: int = 8,
     head_dim: int = 64,
     encode_crop: bool = True,
     dtype: Any = jnp.float32,
 ) -> Conditioner:
-    """Tokens int32 [B, 3 max_objects + 2] -> context [B, tokens, dim]; null: no object at all.
+    """Tokens int32 [B, 3 max_objects + 2] -> context; null: no object at all.
 
-    `num_classes` (of objects) is for `layout_tokens`; without `encode_crop` there are no crop
-    tokens.
+    Args:
+      vocab_size, max_objects, num_classes: of the tokens, as `layout_tokens` makes them.
+      dim: the context's width.
+      encoder: "transformer", as published (context [B, 3 max_objects + 2, dim]), or "boxes", of
+        `Boxes` (context [B, max_objects + 1, dim]).
+      depth, num_heads, head_dim: of the transformer alone.
+      encode_crop: whether the last two tokens are the crop's corners; else there are none.
+
+    Raises:
+      UserError: an unknown encoder, a transformer without depth, or "boxes" with one.
     """
-    del num_classes
     length = 3 * max_objects + 2 * encode_crop
-    network = TextTransformer(vocab_size, length, dim, depth, num_heads, head_dim, dtype)
+    choose("conditioning.encoder", encoder, {"transformer": 1, "boxes": 0})
+    if (encoder == "transformer") != (depth > 0):
+        raise UserError(
+            f"conditioning.depth {depth}: the encoder 'transformer' has at least 1, 'boxes' 0"
+        )
+    network: nn.Module = Boxes(vocab_size, num_classes, dim, dtype)
+    if encoder == "transformer":
+        network = TextTransformer(vocab_size, length, dim, depth, num_heads, head_dim, dtype)
     null = layout_tokens([], vocab_size=vocab_size, max_objects=max_objects, num_classes=1)
     return token_conditioner(network, null[:length], frozen=False)
+
+
+class Boxes(nn.Module):
+    """An object's class and the sines of its box's coordinates, as one token.
+
+    As the grounding tokens of GLIGEN (Li et al. 2023, equation 5). The crop is an object of a
+    class of its own; one that is absent has no box.
+
+    Attributes:
+      vocab_size, num_classes: of the tokens, as `layout_tokens` makes them.
+      dim: width of the result.
+      dtype: compute dtype; parameters and the result are float32.
+    """
+
+    vocab_size: int
+    num_classes: int
+    dim: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """int32 [B, 3 n] or [B, 3 n + 2], with the crop -> float32 [B, n or n + 1, dim]."""
+        absent = self.num_classes << FLAGS
+        if tokens.shape[1] % 3:
+            crop = jnp.full_like(tokens[:, :1], absent + 1)
+            tokens = jnp.concatenate([tokens[:, :-2], crop, tokens[:, -2:]], axis=1)
+        objects = tokens.reshape(tokens.shape[0], tokens.shape[1] // 3, 3)
+        none = objects[..., :1] == self.vocab_size - 1
+        classes = jnp.where(none, absent, objects[..., :1])[..., 0]
+        normal = nn.initializers.normal(1.0)
+        x = nn.Embed(absent + 2, self.dim, dtype=self.dtype, embedding_init=normal, name="classes")(
+            classes
+        )
+        side = math.isqrt(self.vocab_size)
+        rows, columns = jnp.divmod(objects[..., 1:], side)
+        corners = jnp.concatenate([columns, rows], axis=-1) / (side - 1)  # x0, x1, y0, y1
+        frequencies = math.pi / 2 * 2.0 ** np.arange(OCTAVES, dtype=np.float32)
+        angles = corners[..., None] * frequencies[None, None, None]
+        sines = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+        sines = jnp.where(none, 0.0, sines.reshape(*classes.shape, 8 * OCTAVES))
+        x = jnp.concatenate([x, sines.astype(self.dtype)], axis=-1)
+        x = nn.silu(dense(self.dim, "hidden", dtype=self.dtype)(x))
+        return dense(self.dim, "out", dtype=self.dtype)(x).astype(jnp.float32)
 
 
 def corner_token(x: float, y: float, vocab_size: int) -> int:

@@ -2,11 +2,13 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from latent_diffusion_jax.conditioning.layout import (
     WHOLE,
+    Boxes,
     Object,
     class_token,
     corner_token,
@@ -82,3 +84,54 @@ def test_null_is_the_empty_layout():
 def test_bad_layouts_are_one_clear_line(thing, message):
     with pytest.raises(UserError, match=message):
         layout_tokens([thing], vocab_size=8192, max_objects=30, num_classes=3)
+
+
+def boxes_of(*layouts, encode_crop=True, crop=WHOLE):
+    """The context that `Boxes` makes of layouts of 3 objects at most; weights are always alike."""
+    options = dict(vocab_size=1024, max_objects=3, num_classes=12)
+    tokens = np.stack(
+        [layout_tokens(each, **options, encode_crop=encode_crop, crop=crop) for each in layouts]
+    )
+    network = Boxes(1024, 12, 8)
+    return np.asarray(network.apply(network.init(jax.random.key(0), tokens), tokens))
+
+
+def test_a_box_is_a_token_of_its_own():
+    a, b = Object(3, (0.1, 0.2, 0.4, 0.7)), Object(5, (0.5, 0.5, 0.9, 0.8), occluded=True)
+    ab, ba, alone = boxes_of([a, b], [b, a], [a])
+    assert ab.shape == (4, 8)  # three objects and the crop
+    np.testing.assert_allclose(ab[[1, 0, 2, 3]], ba, atol=1e-6)
+    np.testing.assert_allclose(alone[[0, 2, 3]], ab[[0, 2, 3]], atol=1e-6)
+    np.testing.assert_allclose(alone[1], alone[2], atol=1e-6)  # absent
+    assert boxes_of([a], encode_crop=False).shape == (1, 3, 8)
+
+
+def test_all_of_a_box_is_in_its_token():
+    thing = Object(3, (0.1, 0.2, 0.4, 0.7))
+    others = [
+        thing._replace(category=4),
+        thing._replace(inside=True),
+        thing._replace(box=(0.2, 0.2, 0.4, 0.7)),
+        thing._replace(box=(0.1, 0.3, 0.4, 0.7)),
+        thing._replace(box=(0.1, 0.2, 0.5, 0.7)),
+        thing._replace(box=(0.1, 0.2, 0.4, 0.8)),
+    ]
+    first, *changed = boxes_of([thing], *([other] for other in others))
+    for each in changed:
+        assert np.abs(each[0] - first[0]).max() > 0.01
+        np.testing.assert_allclose(each[1:], first[1:], atol=1e-6)
+    cropped = boxes_of([thing], crop=(0.0, 0.0, 0.5, 1.0))[0]
+    assert np.abs(cropped[3] - first[3]).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (dict(encoder="box"), "unknown conditioning.encoder 'box'; did you mean 'boxes'"),
+        (dict(encoder="boxes", depth=2), "depth 2: the encoder 'transformer' has at least 1"),
+        (dict(), "depth 0: the encoder 'transformer' has at least 1, 'boxes' 0"),
+    ],
+)
+def test_encoders_are_checked(options, message):
+    with pytest.raises(UserError, match=message):
+        layout(num_classes=3, dim=8, **options)
