@@ -82,7 +82,7 @@ def layout(
 class Boxes(nn.Module):
     """An object's class and the sines of its box's coordinates, as one token.
 
-    As the grounding tokens of GLIGEN (Li et al. 2023, equation 5). The crop is an object of a
+    As the grounding tokens of GLIGEN (Li et al. 2023, section 4.1). The crop is an object of a
     class of its own; one that is absent has no box.
 
     Attributes:
