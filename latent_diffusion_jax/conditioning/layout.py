@@ -20,7 +20,7 @@ import numpy as np
 from latent_diffusion_jax.conditioning.cond import Conditioner
 from latent_diffusion_jax.conditioning.text import token_conditioner
 from latent_diffusion_jax.errors import UserError, choose
-from latent_diffusion_jax.nn.layers import dense
+from latent_diffusion_jax.nn.layers import dense, embed
 from latent_diffusion_jax.nn.transformer import TextTransformer
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1, in 0..1 of the image
@@ -67,16 +67,19 @@ def layout(
       UserError: an unknown encoder, a transformer without depth, or "boxes" with one.
     """
     length = 3 * max_objects + 2 * encode_crop
-    choose("conditioning.encoder", encoder, {"transformer": 1, "boxes": 0})
+    encoders = {
+        "transformer": lambda: TextTransformer(
+            vocab_size, length, dim, depth, num_heads, head_dim, dtype
+        ),
+        "boxes": lambda: Boxes(vocab_size, num_classes, dim, dtype),
+    }
+    make = choose("conditioning.encoder", encoder, encoders)
     if (encoder == "transformer") != (depth > 0):
         raise UserError(
             f"conditioning.depth {depth}: the encoder 'transformer' has at least 1, 'boxes' 0"
         )
-    network: nn.Module = Boxes(vocab_size, num_classes, dim, dtype)
-    if encoder == "transformer":
-        network = TextTransformer(vocab_size, length, dim, depth, num_heads, head_dim, dtype)
     null = layout_tokens([], vocab_size=vocab_size, max_objects=max_objects, num_classes=1)
-    return token_conditioner(network, null[:length], frozen=False)
+    return token_conditioner(make(), null[:length], frozen=False)
 
 
 class Boxes(nn.Module):
@@ -106,10 +109,7 @@ class Boxes(nn.Module):
         objects = tokens.reshape(tokens.shape[0], tokens.shape[1] // 3, 3)
         none = objects[..., :1] == self.vocab_size - 1
         classes = jnp.where(none, absent, objects[..., :1])[..., 0]
-        normal = nn.initializers.normal(1.0)
-        x = nn.Embed(absent + 2, self.dim, dtype=self.dtype, embedding_init=normal, name="classes")(
-            classes
-        )
+        x = embed(absent + 2, self.dim, "classes", self.dtype)(classes)
         side = math.isqrt(self.vocab_size)
         rows, columns = jnp.divmod(objects[..., 1:], side)
         corners = jnp.concatenate([columns, rows], axis=-1) / (side - 1)  # x0, x1, y0, y1

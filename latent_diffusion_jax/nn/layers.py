@@ -47,6 +47,13 @@ def conv(
     )
 
 
+def embed(size: int, dim: int, name: str, dtype: Any) -> nn.Embed:
+    """A table of `size` tokens."""
+    # the original's deviation is 0.02, which the first blocks' outputs drown: all tokens look alike
+    init = nn.initializers.normal(1.0)
+    return nn.Embed(size, dim, dtype=dtype, embedding_init=init, name=name)
+
+
 def dense(
     features: int, name: str | None = None, *, dtype: Any, use_bias=True, kernel_init=lecun_normal
 ):

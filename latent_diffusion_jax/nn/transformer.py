@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from latent_diffusion_jax.errors import choose
 from latent_diffusion_jax.nn.attention import attend
-from latent_diffusion_jax.nn.layers import dense, layer_norm
+from latent_diffusion_jax.nn.layers import dense, embed, layer_norm
 
 
 def _quick_gelu(x):
@@ -24,12 +24,6 @@ ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "quick_gelu": _quick_gelu,
 }
-
-
-def _embed(size: int, dim: int, name: str, dtype: Any) -> nn.Embed:
-    # the original's deviation is 0.02, which the first blocks' outputs drown: all tokens look alike
-    init = nn.initializers.normal(1.0)
-    return nn.Embed(size, dim, dtype=dtype, embedding_init=init, name=name)
 
 
 class TextTransformer(nn.Module):
@@ -55,9 +49,9 @@ class TextTransformer(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, n], n <= max_length -> float32 [B, n, dim]."""
-        x = _embed(self.vocab_size, self.dim, "token_emb", self.dtype)(tokens)
+        x = embed(self.vocab_size, self.dim, "token_emb", self.dtype)(tokens)
         positions = jnp.arange(tokens.shape[1])[None]
-        x = x + _embed(self.max_length, self.dim, "pos_emb.emb", self.dtype)(positions)
+        x = x + embed(self.max_length, self.dim, "pos_emb.emb", self.dtype)(positions)
         for block in range(self.depth):
             x = x + self._attention(x, f"attn_layers.layers.{2 * block}")
             x = x + self._mlp(x, f"attn_layers.layers.{2 * block + 1}")
@@ -104,9 +98,9 @@ class ClipText(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, n], n <= max_length -> float32 [B, n, dim]."""
         place = "text_model.embeddings"
-        x = _embed(self.vocab_size, self.dim, f"{place}.token_embedding", self.dtype)(tokens)
+        x = embed(self.vocab_size, self.dim, f"{place}.token_embedding", self.dtype)(tokens)
         positions = jnp.arange(tokens.shape[1])[None]
-        x = x + _embed(self.max_length, self.dim, f"{place}.position_embedding", self.dtype)(
+        x = x + embed(self.max_length, self.dim, f"{place}.position_embedding", self.dtype)(
             positions
         )
         x = clip_layers(
