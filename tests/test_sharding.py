@@ -48,10 +48,12 @@ def test_losses_do_not_depend_on_the_mesh(phase, monkeypatch):
     monkeypatch.setattr(sharding.state_shardings, "__defaults__", (64,))
     config = load_config(*CONFIGS[phase])
     one, _ = losses(config, sharding.make_mesh(data=1, fsdp=1))
-    eight, split = losses(config, sharding.make_mesh(data=2, fsdp=4))
+    eight, _ = losses(config, sharding.make_mesh(data=8, fsdp=1))
+    mixed, split = losses(config, sharding.make_mesh(data=2, fsdp=4))
     assert split
     assert len(set(one)) == STEPS
     np.testing.assert_allclose(eight, one, rtol=1e-5)
+    np.testing.assert_allclose(mixed, one, rtol=1e-5)
 
 
 ALONE = dict(data=1, fsdp=1)
