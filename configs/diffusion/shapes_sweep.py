@@ -47,9 +47,8 @@ def get_config(arg=""):
             },
         },
         **{name: base[name] for name in ("phase", "first_stage", "diffusion", "latents")},
-        data=sections.shapes(
-            32, size=3_000, backgrounds=("dark",)
-        ),  # what is learned soon is the shapes
+        # backgrounds alike: trainings this short learn the shapes, not which background there is
+        data=sections.shapes(32, size=3_000, backgrounds=("dark",)),
         conditioning=dict(kind="label", num_classes=12, dim=64),
         unet={**base.unet, "model_channels": 32},
         optim=sections.adamw(1e-3, schedule=sections.warm_up(20)),
