@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 	@echo "samples, 12 classes in turn: $(RUNS)/ldm/samples/grid.png"
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses=2 --dist=loadfile
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
