@@ -60,11 +60,20 @@ def test_inpainting_is_measured_in_holes_and_outside():
     filled = np.where(holes, means[:, None, None, :], images)
     measures = tasks.MEASURES[kind](filled, examples)
     assert measures["gain"] == pytest.approx(0)
+    assert measures["gain_pooled"] == pytest.approx(0)
     assert measures["outside"] == 0
     shifted = images.astype(float) + np.where(holes, 2, -3)
     measures = tasks.MEASURES[kind](shifted, examples)
     assert measures["psnr"] == pytest.approx(20 * np.log10(255 / 2))
     assert measures["outside"] == 3
+    half = np.where(np.arange(len(images))[:, None, None, None] % 2, images, shifted)
+    measures = tasks.MEASURES[kind](half, examples)  # exact in every second, but for rounding
+    assert measures["psnr"] == pytest.approx(10 * np.log10(255**2 / np.sqrt(4 / 12)))
+    sizes = holes.sum(axis=(1, 2, 3))
+    pooled = 4 * sizes[::2].sum() / sizes.sum()  # large holes count more there
+    errors = [((m - i) ** 2)[h[..., 0]] for m, i, h in zip(means, images.astype(float), holes)]
+    mean = np.concatenate(errors).mean()
+    assert measures["gain_pooled"] == pytest.approx(10 * np.log10(mean / pooled))
 
 
 @pytest.mark.parametrize("kind", tasks.VIEWS)
