@@ -342,9 +342,16 @@ def draw_steps(axes: Sequence[Any], rows: Sequence[Row]) -> None:
     for axis, name in zip(axes, ("class", "recall"), strict=True):
         for sampler, own in groups(rows, "sampler").items():
             line(axis, own, "steps", name, label=sampler)
-        axis.set(xscale="log", xlabel="steps", ylabel=name)
-        axis.set_xticks([row["steps"] for row in rows], [row["steps"] for row in rows])
-        axis.minorticks_off()
+        axis.set(ylabel=name)
+        ticks(axis, rows, "steps")
+
+
+def ticks(axis: Any, rows: Sequence[Row], name: str) -> None:
+    """A logarithmic axis that shows the values that there are."""
+    values = sorted({row[name] for row in rows})
+    axis.set(xscale="log", xlabel=name)
+    axis.set_xticks(values, values)
+    axis.minorticks_off()
 
 
 def draw_against(name: str, axes: Sequence[Any], rows: Sequence[Row]) -> None:
@@ -364,7 +371,8 @@ def draw_first_stages(axes: Sequence[Any], rows: Sequence[Row]) -> None:
     for axis, name in zip(axes, ("psnr", "ssim"), strict=True):
         for kind, own in groups(rows, "kind").items():
             line(axis, own, "f", name, label=kind)
-        axis.set(xlabel="f", ylabel=name)
+        axis.set(ylabel=name)
+        ticks(axis, rows, "f")
 
 
 COMMON = ("class", "precision", "recall", "spread", "images_per_second", "inception_fid")
