@@ -321,6 +321,14 @@ def groups(rows: Sequence[Row], name: str) -> Mapping[Any, list[Row]]:
     return found
 
 
+def ticks(axis: Any, rows: Sequence[Row], name: str) -> None:
+    """A logarithmic axis that shows the values that there are."""
+    values = sorted({row[name] for row in rows})
+    axis.set(xscale="log", xlabel=name)
+    axis.set_xticks(values, values)
+    axis.minorticks_off()
+
+
 def draw_compression(axes: Sequence[Any], rows: Sequence[Row]) -> None:
     """Figures 6 and 7 in small."""
     from matplotlib.ticker import LogLocator
@@ -344,14 +352,6 @@ def draw_steps(axes: Sequence[Any], rows: Sequence[Row]) -> None:
             line(axis, own, "steps", name, label=sampler)
         axis.set(ylabel=name)
         ticks(axis, rows, "steps")
-
-
-def ticks(axis: Any, rows: Sequence[Row], name: str) -> None:
-    """A logarithmic axis that shows the values that there are."""
-    values = sorted({row[name] for row in rows})
-    axis.set(xscale="log", xlabel=name)
-    axis.set_xticks(values, values)
-    axis.minorticks_off()
 
 
 def draw_against(name: str, axes: Sequence[Any], rows: Sequence[Row]) -> None:
