@@ -21,6 +21,7 @@ demo: $(VENV)/.installed
 	@echo "reconstructions: $(RUNS)/ldm/reconstructions.png"
 	@echo "samples, 12 classes in turn: $(RUNS)/ldm/samples/grid.png"
 
+# files in the order of their names: by their numbers of tests the heaviest would begin last
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses=2 --dist=loadfile --no-loadscope-reorder
 
