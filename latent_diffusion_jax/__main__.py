@@ -5,6 +5,7 @@ Verbs are a few lines each and import what they need, so that `--help` and mista
 
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import signal
@@ -95,6 +96,19 @@ def _set_up_jax() -> None:
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         # by default what compiles within a second is not kept: at every start dozens of these
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    _choose_convolutions()
+
+
+def _choose_convolutions() -> None:
+    """Has XLA compute convolutions on CPUs by Eigen.
+
+    By default it takes YNNPACK, which gives all of one with up to 64 channels to a single thread.
+    """
+    flags, flag = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_experimental_ynn_fusion_type"
+    own = flag in flags or flags[:1] not in ("", "-")  # what is no flag is a file of them
+    # a flag that it does not know ends the process, and libtpu has its own list
+    if not own and importlib.util.find_spec("libtpu") is None:
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}=-individual_convolution".lstrip()
 
 
 def _config(args, required: bool = False):

@@ -30,7 +30,7 @@ class Measured(NamedTuple):
     device: what it runs on; best: FLOP/s that this could do, None where no table has it.
     peak: bytes of device memory at most; default: this process's.
     before: what is to be done ahead of each turn, untimed.
-    warm_up: calls ahead of the first turn, one of which compiles.
+    warm_up: calls ahead of the first turn, one of which compiles; 0 for one in which each counts.
     """
 
     run: Callable[[], Any]
@@ -74,8 +74,11 @@ def take_turn(measured: Measured) -> dict[str, float]:
     """Seconds of a call: of one, or the mean of as many as are begun in `TURN` seconds.
 
     Beside them those that its threads were at work: on a busy machine, these alone are comparable.
+    The first call is not counted: it finds caches that the other processes have filled.
     """
     measured.before()
+    if measured.warm_up:
+        measured.run()
     calls, took, began, worked = 0, 0.0, time.perf_counter(), _worked()
     while took < TURN:
         measured.run()
