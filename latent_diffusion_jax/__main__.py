@@ -19,6 +19,12 @@ from latent_diffusion_jax.arguments import make_parser, split_config
 from latent_diffusion_jax.errors import UserError, differences
 
 FREE = ("data", "dtype", "mesh", "published", "run", "sample")  # what using a model may change
+XLA_FLAGS = {
+    # else it has YNNPACK compute convolutions, of up to 64 channels by one thread alone
+    "--xla_cpu_experimental_ynn_fusion_type": "-individual_convolution",
+    # else a training step copies parameters and moments that it could update in place
+    "--xla_cpu_copy_insertion_use_region_analysis": "true",
+}
 CURVES = {
     "first_stage": ("loss", "validation_psnr", "validation_ssim", "z_std"),
     "diffusion": ("loss", "loss_t0", "validation_loss", "images_per_second"),
@@ -96,19 +102,18 @@ def _set_up_jax() -> None:
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         # by default what compiles within a second is not kept: at every start dozens of these
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    _choose_convolutions()
+    _tune_xla()
 
 
-def _choose_convolutions() -> None:
-    """Has XLA compute convolutions on CPUs by Eigen.
-
-    By default it takes YNNPACK, which gives all of one with up to 64 channels to a single thread.
-    """
-    flags, flag = os.environ.get("XLA_FLAGS", ""), "--xla_cpu_experimental_ynn_fusion_type"
-    own = flag in flags or flags[:1] not in ("", "-")  # what is no flag is a file of them
-    # a flag that it does not know ends the process, and libtpu has its own list
-    if not own and importlib.util.find_spec("libtpu") is None:
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}=-individual_convolution".lstrip()
+def _tune_xla() -> None:
+    """Adds to XLA's flags what makes its programs for CPUs faster; what the user has set stands."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flags[:1] not in ("", "-"):  # the name of a file of flags
+        return
+    # a flag that it does not know ends a process, and libtpu has its own list
+    if importlib.util.find_spec("libtpu") is None:
+        own = [f"{flag}={value}" for flag, value in XLA_FLAGS.items() if flag not in flags]
+        os.environ["XLA_FLAGS"] = " ".join([flags, *own]).strip()
 
 
 def _config(args, required: bool = False):
