@@ -12,7 +12,7 @@ import argparse
 
 import numpy as np
 
-from latent_diffusion_jax import build
+from latent_diffusion_jax import build, xla
 from latent_diffusion_jax.bench import measures, turns
 from latent_diffusion_jax.bench.report import digits
 from latent_diffusion_jax.config import load_config, to_json
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--plot")
     args = parser.parse_args()
+    xla.tune()
     columns = [name for name in COLUMNS if args.measure or name not in MEASURED]
     print(f"| {' | '.join(COLUMNS[name] for name in columns)} |\n|{'---:|' * len(columns)}")
     found = []

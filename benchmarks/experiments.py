@@ -30,7 +30,7 @@ import absl.logging
 import jax
 import numpy as np
 
-from latent_diffusion_jax import build, pipeline, sampling
+from latent_diffusion_jax import build, pipeline, sampling, xla
 from latent_diffusion_jax.bench import measures
 from latent_diffusion_jax.bench.report import digits
 from latent_diffusion_jax.convert.inception import load_inception
@@ -407,6 +407,7 @@ def main() -> None:
     parser.add_argument("--steps", type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument("--inception", metavar="FILE", help="FID's weights")
     args = parser.parse_args()
+    xla.tune()
     args.out = args.out or Path("runs") / args.experiment
     absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax warns of what was asked for
     measured, draw, columns = EXPERIMENTS[args.experiment]

@@ -18,6 +18,8 @@ import subprocess
 import sys
 import time
 
+from latent_diffusion_jax import xla
+
 BASE = {"batch": 16, "devices": 1, "fsdp": 1, "width": 64, "size": 64}
 VALUES = {
     "batch": (8, 16, 32, 64),
@@ -188,6 +190,7 @@ def main() -> None:
     parser.add_argument("--plot", help="of what grows first")
     parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    xla.tune()
     if args.row:
         kind = measure_sampling if "steps" in args.row else measure
         print(json.dumps(kind(args.config, args.row, args.repeats)))

@@ -5,7 +5,6 @@ Verbs are a few lines each and import what they need, so that `--help` and mista
 
 import contextlib
 import functools
-import importlib.util
 import json
 import os
 import signal
@@ -15,16 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from latent_diffusion_jax import xla
 from latent_diffusion_jax.arguments import make_parser, split_config
 from latent_diffusion_jax.errors import UserError, differences
 
 FREE = ("data", "dtype", "mesh", "published", "run", "sample")  # what using a model may change
-XLA_FLAGS = {
-    # else it has YNNPACK compute convolutions, of up to 64 channels by one thread alone
-    "--xla_cpu_experimental_ynn_fusion_type": "-individual_convolution",
-    # else a training step copies parameters and moments that it could update in place
-    "--xla_cpu_copy_insertion_use_region_analysis": "true",
-}
 CURVES = {
     "first_stage": ("loss", "validation_psnr", "validation_ssim", "z_std"),
     "diffusion": ("loss", "loss_t0", "validation_loss", "images_per_second"),
@@ -102,18 +96,7 @@ def _set_up_jax() -> None:
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         # by default what compiles within a second is not kept: at every start dozens of these
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    _tune_xla()
-
-
-def _tune_xla() -> None:
-    """Adds to XLA's flags what makes its programs for CPUs faster; what the user has set stands."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if flags[:1] not in ("", "-"):  # the name of a file of flags
-        return
-    # a flag that it does not know ends a process, and libtpu has its own list
-    if importlib.util.find_spec("libtpu") is None:
-        own = [f"{flag}={value}" for flag, value in XLA_FLAGS.items() if flag not in flags]
-        os.environ["XLA_FLAGS"] = " ".join([flags, *own]).strip()
+    xla.tune()
 
 
 def _config(args, required: bool = False):

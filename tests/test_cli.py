@@ -1,18 +1,15 @@
 """Every verb through the command line: what it makes, and one clear line for every mistake."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from latent_diffusion_jax.__main__ import _tune_xla, main
+from latent_diffusion_jax.__main__ import main
 from latent_diffusion_jax.data.shapes import CLASS_NAMES
 from latent_diffusion_jax.train.metrics import read_jsonl
 from tests.cli import (
@@ -185,37 +182,6 @@ def test_what_the_parser_refuses(command, message, capsys):
         main(command)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("flags", "added"),
-    [("", 2), ("--xla_cpu_copy_insertion_use_region_analysis=false", 1), ("/a/file", 0)],
-)
-def test_flags_of_xla_are_added_to_those_of_the_user(flags, added, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", flags)
-    _tune_xla()
-    now = os.environ["XLA_FLAGS"]
-    assert now.startswith(flags)
-    assert len(now.split()) == added + bool(flags)
-    _tune_xla()
-    assert os.environ["XLA_FLAGS"] == now
-
-
-def test_convolutions_on_cpus_are_eigens():
-    program = """
-import jax, jax.numpy as jnp
-from latent_diffusion_jax.__main__ import _tune_xla
-
-_tune_xla()
-x = jnp.ones((1, 8, 8, 16))
-conv = lambda x: jax.lax.conv(x, jnp.ones((16, 8, 3, 3)), (1, 1), "SAME")
-print(jax.jit(conv).lower(x).compile().as_text())
-"""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, "-c", program]
-    hlo = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert " convolution(" in hlo.stdout
-    assert "ynn" not in hlo.stdout
 
 
 def test_a_training_compiles_each_program_once(runs, ldm):

@@ -13,6 +13,7 @@ PARTS = {  # part -> what it may import beside itself and `errors`
     "config": [],
     "chips": [],
     "standalone": [],
+    "xla": [],
     "cluster": [],
     "arguments": [],
     "conditioning": ["nn"],
