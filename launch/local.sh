@@ -9,5 +9,7 @@ export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-9000000000}"
 export MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_:-500000000}"
+# What threads of the compiler leave in heaps of their own no other thread can use.
+export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-2}"
 
 exec "$@"

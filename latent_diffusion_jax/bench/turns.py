@@ -50,6 +50,7 @@ ENVIRONMENT = {  # of all workers: as launch/local.sh, and GPUs are shared
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "9000000000",
     "MALLOC_TOP_PAD_": "500000000",
+    "MALLOC_ARENA_MAX": "2",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
 

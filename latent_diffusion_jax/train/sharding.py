@@ -142,7 +142,11 @@ def lay_out(shapes: Any, mesh: AnyMesh) -> Any:
 def init_sharded(init: Callable[[jax.Array], Any], key: jax.Array, mesh: Mesh) -> Any:
     """Runs `init(key)` so that every array is born where it belongs, never whole on one device."""
     shardings = state_shardings(jax.eval_shape(init, key), mesh)
-    return jax.jit(init, out_shardings=shardings)(key)
+
+    def initial(key: jax.Array) -> Any:  # JAX keeps a program for as long as its function lives
+        return init(key)
+
+    return jax.jit(initial, out_shardings=shardings)(key)
 
 
 def lower_step(

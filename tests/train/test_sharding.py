@@ -1,3 +1,4 @@
+import gc
 from types import SimpleNamespace
 
 import jax
@@ -98,6 +99,15 @@ def test_state_is_born_in_its_place():
         assert tree["net"]["b"].addressable_shards[0].data.shape == (toy.WIDTH, 128)
         assert tree["net"]["a"].addressable_shards[0].data.shape == (16, toy.WIDTH)
     np.testing.assert_allclose(state.params["net"]["b"], whole.params["net"]["b"], atol=1e-6)
+
+
+def test_the_program_that_makes_the_state_is_not_kept():
+    """It is as large as the step's own."""
+    objective = toy.make()
+    init_sharded(objective.init, KEY, make_mesh(fsdp=4))
+    gc.collect()
+    programs = [m for e in jax.devices()[0].client.live_executables() for m in e.hlo_modules()]
+    assert not [module.name for module in programs if "init" in module.name]
 
 
 def test_a_loop_gathers_late_in_each_step():
