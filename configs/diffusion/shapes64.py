@@ -36,7 +36,6 @@ LDM4 = {
 # What tokens mean is learned late: batches are small, and backgrounds, of which nothing is said,
 # are alike.
 TOKENS = {
-    **steps(12_000),
     "data.source.backgrounds": ("dark",),
     "optim.lr": 4e-4,
     "train.batch_size": 16,
@@ -50,6 +49,7 @@ def get_config(arg=""):
             "text": {
                 **tasks.TASKS["text"],
                 **TOKENS,
+                **steps(20_000),
                 "data.source.shapes": (1, 2),
                 "data.source.held_out": 0.2,
                 # which is where is decided in noise in which eps hardly asks for it
