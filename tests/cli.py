@@ -55,8 +55,13 @@ def start(
     return subprocess.Popen(
         [*wrapper, sys.executable, "-m", "latent_diffusion_jax", *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": flags},
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **popen},
+        **{
+            "env": {**os.environ, "XLA_FLAGS": flags},
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
+            **popen,
+        },
     )
 
 

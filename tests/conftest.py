@@ -1,17 +1,13 @@
-"""Every test sees 8 fake CPU devices, the flags of XLA's that the command line sets, strict rank
-promotion and a lasting compilation cache."""
+"""Every test sees 8 fake CPU devices, strict rank promotion and a lasting compilation cache."""
 
 # ruff: noqa: E402, what follows the environment imports jax
 import gc
 import os
 from pathlib import Path
 
-from latent_diffusion_jax import xla
-
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-xla.tune()
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")

@@ -187,7 +187,7 @@ def test_what_the_parser_refuses(command, message, capsys):
 def test_a_training_compiles_each_program_once(runs, ldm):
     """Of four steps, three evaluations and three rows of pictures."""
     names = (runs / "compiled.txt").read_text().split()
-    for program in ("init", "train_step", "eval_step", "generate"):
+    for program in ("initial", "train_step", "eval_step", "generate"):
         assert names.count(program) == 1, program
 
 
