@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build
-from latent_diffusion_jax.nn.mixed import traced_for
+from latent_diffusion_jax.nn.products import traced_for
 from latent_diffusion_jax.plan import step_shapes
 from latent_diffusion_jax.train.sharding import (
     batch_sharding,

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from latent_diffusion_jax import build
 from latent_diffusion_jax.chips import CHIPS
 from latent_diffusion_jax.errors import choose
-from latent_diffusion_jax.nn.mixed import traced_for
+from latent_diffusion_jax.nn.products import traced_for
 from latent_diffusion_jax.plan import plan, roofline, state_bytes, step_shapes
 from latent_diffusion_jax.train.sharding import plan_mesh
 

@@ -20,7 +20,7 @@ from latent_diffusion_jax import build, standalone
 from latent_diffusion_jax.conditioning import text
 from latent_diffusion_jax.convert.safetensors_file import write_safetensors
 from latent_diffusion_jax.errors import UserError, choose
-from latent_diffusion_jax.nn.mixed import traced_for
+from latent_diffusion_jax.nn.products import traced_for
 from latent_diffusion_jax.pipeline import Trained
 from latent_diffusion_jax.sampling import PLAIN, Extras, make_programs, with_known_pixels
 from latent_diffusion_jax.train.sharding import plan_mesh

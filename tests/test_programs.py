@@ -12,7 +12,7 @@ import pytest
 
 from latent_diffusion_jax import build
 from latent_diffusion_jax.config import load_config
-from latent_diffusion_jax.nn.mixed import traced_for
+from latent_diffusion_jax.nn.products import traced_for
 from latent_diffusion_jax.plan import step_shapes
 from latent_diffusion_jax.sampling import make_programs
 from latent_diffusion_jax.train.sharding import plan_mesh

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from latent_diffusion_jax.nn.mixed import backend as traced_backend
+from latent_diffusion_jax.nn.products import backend as traced_backend
 
 LARGE = 2**30  # bytes of the scores of one image, of all heads: beyond, not all at once
 CHUNK = 2**28  # bytes of them at once

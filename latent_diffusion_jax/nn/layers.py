@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_diffusion_jax.nn.group_norm import GroupNorm
-from latent_diffusion_jax.nn.mixed import policy
+from latent_diffusion_jax.nn.products import policy
 
 # flax's default: three times the variance of torch's, with which short runs learn markedly faster
 lecun_normal = nn.initializers.lecun_normal()

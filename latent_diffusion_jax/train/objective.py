@@ -1,6 +1,7 @@
 """A phase of training as pure functions, and the one way to make them from its gradients."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import jax
@@ -189,21 +190,20 @@ def make_objective(
                 )
                 params[name] = optax.apply_updates(params[name], updates)
         params, buffers = criterion.revise(params, buffers)
-        ema, *averages = (
-            update_ema(old, params, rate)
-            for old, rate in zip((state.ema, *state.averages), rates(state.step + 1), strict=True)
-        )
         norms = [value for name, value in metrics.items() if name.startswith("grad_norm_")]
         finite = jnp.all(jnp.isfinite(jnp.stack([metrics["loss"], *norms])))
-        new = keep_if_finite(
-            finite,
-            (params, opt_state, ema, buffers, tuple(averages)),
-            (state.params, state.opt_state, state.ema, state.buffers, state.averages),
-        )
+        old = (state.params, state.opt_state, state.buffers)
+        params, opt_state, buffers = keep_if_finite(finite, (params, opt_state, buffers), old)
+        # else XLA computes the optimiser's update again, from copies, for the averages
+        params = jax.lax.optimization_barrier(params)
+        averages = (state.ema, *state.averages)
+        moved = tuple(map(update_ema, averages, repeat(params), rates(state.step + 1)))
+        ema, *averages = keep_if_finite(finite, moved, averages)
         metrics["finite"] = finite.astype(jnp.float32)
         if lr_at is not None:
             metrics["lr"] = lr_at(state.step)
-        return TrainState(state.step + 1, *new), metrics
+        state = TrainState(state.step + 1, params, opt_state, ema, buffers, tuple(averages))
+        return state, metrics
 
     def eval_step(state: TrainState, frozen: Any, batch: Batch, key: jax.Array) -> Metrics:
         return criterion.evaluate(sampling_params(state), state.buffers, frozen, batch, key)

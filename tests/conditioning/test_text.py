@@ -10,7 +10,7 @@ from latent_diffusion_jax.conditioning.label import label
 from latent_diffusion_jax.conditioning.spatial import lowres
 from latent_diffusion_jax.conditioning.text import clip, make_tokenize, text
 from latent_diffusion_jax.errors import UserError
-from latent_diffusion_jax.nn.mixed import traced_for
+from latent_diffusion_jax.nn.products import traced_for
 from tests.models import write_clip_tokenizer
 
 WORDS = ["a", "photograph", "of", "two", "dogs", "on", "the", "beach", "dog", "##s", "cat"]

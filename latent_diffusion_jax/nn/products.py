@@ -1,10 +1,15 @@
-"""Mixed precision on CPUs: products of bfloat16 operands, summed and handed on in float32.
+"""Products as XLA for CPUs computes them fast: of float32 operands, and of bfloat16 ones.
 
-CPUs with matrix units or dot products for bfloat16 multiply them several times faster than float32,
-but through XLA only as a product of two matrices with a float32 result, the first of them not
-transposed; its convolutions and bfloat16 results are slower than those in float32. So convolutions
-are written as such products here, forward and backward. Norms, activations and residuals, between
-products, are float32.
+In float32 the gradient of a linear layer's kernel is written as inputs times gradients. JAX's own
+rule multiplies gradients by inputs and transposes the result, for which XLA copies the gradients,
+transposed, and multiplies those at half of the speed.
+
+In bfloat16, mixed precision: operands are bfloat16, sums and results float32. CPUs with matrix
+units or dot products for bfloat16 multiply them several times faster than float32, but through XLA
+only as a product of two matrices with a float32 result, the first of them not transposed; its
+convolutions and bfloat16 results are slower than those in float32. So convolutions are written as
+such products here, forward and backward. Norms, activations and residuals, between products, are
+float32.
 
 Accelerators have kernels of their own: in their programs nothing of this appears.
 """
@@ -37,9 +42,11 @@ class Policy(NamedTuple):
 def policy(dtype: Any) -> Policy:
     """How to compute in `dtype` on the backend that networks are traced for."""
     # not `lax.platform_dependent`: accelerators' programs would hold this form beside theirs
-    if backend() == "cpu" and dtype == jnp.bfloat16:
-        return Policy(jnp.float32, lambda: dot_general, lambda: conv_general_dilated)
-    return Policy(dtype)
+    if backend() != "cpu":
+        return Policy(dtype)
+    if dtype == jnp.bfloat16:
+        return Policy(jnp.float32, lambda: dot_general_bfloat16, lambda: conv_general_dilated)
+    return Policy(dtype, lambda: dot_general)
 
 
 def backend() -> str:
@@ -60,12 +67,22 @@ def traced_for(other: str) -> Iterator[None]:
         _assumed.reset(token)
 
 
-def dot_general(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, **options) -> jax.Array:
-    """`lax.dot_general` as `nn.Dense` calls it: float32 [..., c] and [c, o] -> [..., o]."""
+def dot_general(
+    lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, precision: Any = None
+) -> jax.Array:
+    """`lax.dot_general` as `nn.Dense` calls it: [..., c] and [c, o] -> [..., o]."""
+    del dimension_numbers
+    return _dot(lhs, rhs, precision)
+
+
+def dot_general_bfloat16(
+    lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, precision: Any = None
+) -> jax.Array:
+    """The same of float32 arrays by way of bfloat16 operands, where that is faster."""
     rows = lhs.size // lhs.shape[-1]
     if min(rhs.shape) < LEAST_CHANNELS or rows < LEAST_ROWS:
-        return lax.dot_general(lhs, rhs, dimension_numbers, **options)
-    return _dot(lhs.reshape(rows, -1), rhs).reshape(*lhs.shape[:-1], -1)
+        return dot_general(lhs, rhs, dimension_numbers, precision)
+    return _half_dot(lhs.reshape(rows, -1), rhs).reshape(*lhs.shape[:-1], -1)
 
 
 def conv_general_dilated(
@@ -83,23 +100,48 @@ def conv_general_dilated(
     return _conv(lhs, rhs, tuple(map(tuple, padding)))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dot(x, kernel, precision):
+    return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision)
+
+
+def _dot_forward(x, kernel, precision):
+    return _dot(x, kernel, precision), (x, kernel)
+
+
+def _dot_backward(precision, saved, g):
+    x, kernel = saved
+    to_x = lax.dot_general(g, kernel, (((g.ndim - 1,), (1,)), ((), ())), precision)
+    return to_x, _outer(x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]), precision)
+
+
+def _outer(x, g, precision):
+    """[n, c] and [n, o] -> [c, o], the sum over rows."""
+    if x.shape[1] > g.shape[1]:
+        return lax.optimization_barrier(_outer(g, x, precision)).T
+    return lax.dot_general(x, g, (((0,), (0,)), ((), ())), precision)
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
+
+
 @jax.custom_vjp
-def _dot(x, kernel):
-    return _dot_forward(x, kernel)[0]
+def _half_dot(x, kernel):
+    return _half_dot_forward(x, kernel)[0]
 
 
-def _dot_forward(x, kernel):
+def _half_dot_forward(x, kernel):
     x = _half(x)
     return _product(x, _half(kernel)), (x, kernel)
 
 
-def _dot_backward(saved, g):
+def _half_dot_backward(saved, g):
     x, kernel = saved
     g = _half(g)
     return _product(g, _half(kernel), transposed=True), _product(_transpose(x), g)
 
 
-_dot.defvjp(_dot_forward, _dot_backward)
+_half_dot.defvjp(_half_dot_forward, _half_dot_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -1,4 +1,4 @@
-"""Products of bfloat16 operands against XLA's own in float32.
+"""Products as CPUs are given them, of float32 and of bfloat16 operands, against XLA's own.
 
 Operands that are small whole numbers have bfloat16 values, and sums of their products float32 ones:
 there both must be equal to the last bit. Rounding random ones to 8 bits is a relative error of at
@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.extend.core import jaxprs_in_params
 
 from latent_diffusion_jax.conditioning.cond import Cond
-from latent_diffusion_jax.nn import mixed
+from latent_diffusion_jax.nn import products
 from latent_diffusion_jax.nn.layers import conv, dense
 from latent_diffusion_jax.nn.unet import UNet
 
@@ -35,7 +35,7 @@ CASES = {  # input, layer
 
 @pytest.fixture(autouse=True)
 def sizes_are_small(monkeypatch):
-    monkeypatch.setattr(mixed, "LEAST_ROWS", 1)
+    monkeypatch.setattr(products, "LEAST_ROWS", 1)
 
 
 def layer(options, dtype):
@@ -87,7 +87,7 @@ def test_few_rows_stay_float32(name, monkeypatch):
     x, params = operands(shape, options)
     rows = x.size // C
     for least, half in ((rows, True), (rows + 1, False)):
-        monkeypatch.setattr(mixed, "LEAST_ROWS", least)
+        monkeypatch.setattr(products, "LEAST_ROWS", least)
         program = jax.make_jaxpr(layer(options, jnp.bfloat16).apply)({"params": params}, x)
         assert ("bf16" in str(program)) is half
 
@@ -168,20 +168,20 @@ def test_unet_and_its_gradients_are_near_float32():
 def test_no_bfloat16_convolution_nor_result_on_cpus():
     apply, params = unet(jnp.bfloat16)
     program = jax.make_jaxpr(jax.grad(lambda p: apply(p).sum()))(params).jaxpr
-    seen = list(products(program))
+    seen = list(products_of(program))
     assert sum(name == "dot_general" and dtypes[1] == jnp.bfloat16 for name, dtypes in seen) > 40
     for name, (result, *operands) in seen:
         assert result == jnp.float32
         assert name == "dot_general" or set(operands) == {jnp.dtype("float32")}
 
 
-def products(jaxpr):
+def products_of(jaxpr):
     """(name, dtypes of the result and of both operands) of every product in a program."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("conv_general_dilated", "dot_general"):
             yield eqn.primitive.name, [v.aval.dtype for v in (*eqn.outvars, *eqn.invars)]
         for inner in jaxprs_in_params(eqn.params):
-            yield from products(inner)
+            yield from products_of(inner)
 
 
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
@@ -193,18 +193,31 @@ def test_accelerators_programs_are_linen_s_own(backend):
     }.items():
         shape, options = CASES[name]
         x, params = operands(shape, options)
-        with mixed.traced_for(backend):
+        with products.traced_for(backend):
             found = layer(options, jnp.bfloat16)
         trace = [jax.make_jaxpr(m.apply)({"params": params}, x) for m in (found, own())]
         assert str(trace[0]) == str(trace[1])
 
-    with mixed.traced_for(backend):
+    with products.traced_for(backend):
         apply, params = unet(jnp.bfloat16)
-        seen = list(products(jax.make_jaxpr(lambda p: apply(p))(params).jaxpr))
+        seen = list(products_of(jax.make_jaxpr(lambda p: apply(p))(params).jaxpr))
     convolutions = [dtypes for name, dtypes in seen if name == "conv_general_dilated"]
     assert {str(d) for dtypes in convolutions for d in dtypes} == {"bfloat16"}
-    assert mixed.policy(jnp.bfloat16).dtype == jnp.float32  # and back to this machine's
+    assert products.policy(jnp.bfloat16).dtype == jnp.float32  # and back to this machine's
 
 
-def test_float32_is_left_alone():
-    assert mixed.policy(jnp.float32) == mixed.Policy(jnp.float32)
+@pytest.mark.parametrize("precision", [None, "highest"])
+@pytest.mark.parametrize("features", [WIDE, 8])  # more than the inputs' channels, and fewer
+@pytest.mark.parametrize("shape", [(2, 37, C), (2, 3, 5, C), (C,)])
+def test_float32_s_linear_layers_are_linen_s(shape, features, precision):
+    x = numbers(shape, 0)
+    params = {"kernel": numbers((C, features), 1), "bias": numbers((features,), 2)}
+    options = dict(dtype=jnp.float32, precision=precision)
+    product = products.policy(jnp.float32).dot_general
+    found, expected = (
+        pulled(nn.Dense(features, dot_general_cls=how, **options), x, params, 3)
+        for how in (product, None)
+    )
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(a, b)
+
