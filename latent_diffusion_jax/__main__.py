@@ -214,11 +214,12 @@ def _trained(args, phase: str | None = None, ema_length: float | None = None):
     if phase and config.phase != phase:
         raise UserError(f"{args.workdir!r} holds phase {config.phase!r}; this takes {phase!r}")
     mesh = build.unpack("mesh", make_mesh, config.mesh)
-    return pipeline.load(args.workdir, mesh, ema_length)._replace(config=config), mesh
+    trained = pipeline.load(args.workdir, mesh, ema_length)._replace(config=config)
+    return pipeline.in_compute_dtype(trained), mesh
 
 
 def _from_checkpoint(args, phase: str | None):
-    from latent_diffusion_jax import build
+    from latent_diffusion_jax import build, pipeline
     from latent_diffusion_jax.convert.workdir import load_trained, open_source
     from latent_diffusion_jax.train.sharding import make_mesh
 
@@ -228,7 +229,8 @@ def _from_checkpoint(args, phase: str | None):
             f"{args.origin!r} is of phase {source.config.phase!r}; this takes {phase!r}"
         )
     mesh = build.unpack("mesh", make_mesh, source.config.mesh)
-    return load_trained(source, mesh, raw=args.weights == "raw"), mesh
+    trained = load_trained(source, mesh, raw=args.weights == "raw")
+    return pipeline.in_compute_dtype(trained), mesh
 
 
 def convert(args) -> None:

@@ -129,6 +129,26 @@ def dtype(config: ConfigDict) -> Any:
     return choose("dtype", config.dtype, {"float32": jnp.float32, "bfloat16": jnp.bfloat16})
 
 
+def in_compute_dtype(config: ConfigDict, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Params, by network, to use and not to train: kernels of UNet and first stage as multiplied.
+
+    Networks cast them in every call otherwise, and float32 ones stay in memory beside what was
+    cast. Results are the same; but on CPUs the few layers that compute in float32 all the same
+    (`nn/products.py`) get rounded kernels. All else stays float32.
+    """
+
+    if dtype(config) == jnp.float32:
+        return dict(params)
+
+    def cast(path, x):
+        return x.astype(dtype(config)) if path[-1].key == "kernel" else x
+
+    used = {n: tree for n, tree in params.items() if n in ("unet", "autoencoder", "first_stage")}
+    shardings = jax.tree.map(lambda x: x.sharding, used)
+    run = functools.partial(jax.tree.map_with_path, cast)
+    return {**params, **jax.jit(run, out_shardings=shardings)(used)}
+
+
 def first_stage(config: ConfigDict) -> FirstStage:
     """The first stage, checked against the image size of the data."""
     make = choose("first stage", config.first_stage.kind, FIRST_STAGES)

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -82,6 +83,12 @@ def load(
     }
     names = meta["class_names"]
     return Trained(config, params, frozen, tuple(names) if names else None, step)
+
+
+def in_compute_dtype(trained: Trained) -> Trained:
+    """With all weights as `build.in_compute_dtype` gives them."""
+    cast = functools.partial(build.in_compute_dtype, trained.config)
+    return trained._replace(params=cast(trained.params), frozen=cast(trained.frozen))
 
 
 def _averaged(

@@ -3,12 +3,14 @@
 import logging
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from latent_diffusion_jax import build, pipeline, sampling
 from latent_diffusion_jax.errors import UserError
+from latent_diffusion_jax.nn.products import traced_for
 from latent_diffusion_jax.train import sharding
 from latent_diffusion_jax.train.sharding import make_mesh
 from tests import models
@@ -63,6 +65,45 @@ def test_one_program_serves_every_prompt_seed_and_scale(compilations):
     assert compilations().count("generate") == 2  # a run of its own, of four batches
     images_of("text", {"tokens": tokens}, number=16, steps=3)
     assert compilations().count("generate") == 3
+
+
+RNG = np.random.default_rng(0)
+CAPTIONS = {"tokens": RNG.integers(0, 600, (2, 24)).astype(np.int32)}
+MAPS = {"segmentation": RNG.integers(0, 13, (2, 64, 64)).astype(np.int32)}
+
+
+@pytest.mark.parametrize(
+    ("spec", "inputs"),
+    [
+        ("shapes64.py:text,tiny", CAPTIONS),
+        ("shapes64.py:semantic,tiny", MAPS),
+        ("celebahq256.py:tiny", {}),  # VQ
+    ],
+)
+def test_kernels_cast_once_make_the_same_images(spec, inputs):
+    """As accelerators compute; on CPUs some layers stay float32, and get rounded kernels."""
+    model = models.trained(f"diffusion/{spec}", "--config.dtype=bfloat16")
+    once = pipeline.in_compute_dtype(model)
+    options = {**model.config.sample, "steps": 2}
+    with traced_for("gpu"):
+        run = sampling.make_generate(model.config, make_mesh(data=1), **options)
+        images = [
+            run(each.params, each.frozen, inputs, jax.random.key(0), np.arange(2))
+            for each in (model, once)
+        ]
+    np.testing.assert_array_equal(*images)
+    assert np.ptp(images[0]) > 0.1
+    dtypes = {
+        (path[0].key, x.dtype.name)
+        for path, x in jax.tree.leaves_with_path({**once.params, **once.frozen})
+        if path[-1].key == "kernel"
+    }
+    own = {("conditioning", "float32")} & dtypes
+    assert dtypes - own == {("unet", "bfloat16"), ("first_stage", "bfloat16")}
+    others = [
+        x.dtype for path, x in jax.tree.leaves_with_path(once.params) if path[-1].key != "kernel"
+    ]
+    assert set(others) == {jnp.dtype("float32")}
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def forward(config: ConfigDict, mesh: Mesh) -> Measured:
     """The UNet, once."""
     rows = config.train.batch_size
     network = jax.jit(build.denoise_network(config))
-    params = _params(config, mesh)["unet"]
+    params = build.in_compute_dtype(config, _params(config, mesh))["unet"]
     shape = (rows, *build.latent_shape(config))
     z = np.random.default_rng(0).standard_normal(shape, np.float32)
     ports = jax.tree.map(
@@ -125,7 +125,8 @@ def encode(config: ConfigDict, mesh: Mesh) -> Measured:
 def decode(config: ConfigDict, mesh: Mesh) -> Measured:
     """Latents to images."""
     rows, stage = config.train.batch_size, build.first_stage(config)
-    params = sharding.put_tree(mesh, random_like(jax.eval_shape(stage.init, KEY())))
+    params = {"first_stage": random_like(jax.eval_shape(stage.init, KEY()))}
+    params = build.in_compute_dtype(config, sharding.put_tree(mesh, params))["first_stage"]
     z = random_like(jax.ShapeDtypeStruct((rows, *latent_shape(config)), np.float32))
     z = sharding.put_rows(mesh, {"z": z})["z"]
     run = jax.jit(stage.decode)
@@ -142,9 +143,9 @@ def sample(config: ConfigDict, mesh: Mesh) -> Measured:
     rows = config.train.batch_size
     options = sampling_options(config)
     generate = sampling.make_generate(config, mesh, **options)
-    params = _params(config, mesh)
+    params = build.in_compute_dtype(config, _params(config, mesh))
     frozen = {**random_like(build.frozen_shapes(config)), "latent_scale": np.float32(1)}
-    frozen = sharding.put_tree(mesh, frozen)
+    frozen = build.in_compute_dtype(config, sharding.put_tree(mesh, frozen))
     inputs = random_like(build.inputs(config, rows))
     indices = np.arange(rows)
 

@@ -220,4 +220,3 @@ def test_float32_s_linear_layers_are_linen_s(shape, features, precision):
     )
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_array_equal(a, b)
-
