@@ -116,8 +116,9 @@ def _dot_backward(precision, saved, g):
 
 
 def _outer(x, g, precision):
-    """[n, c] and [n, o] -> [c, o], the sum over rows."""
+    """[n, c] and [n, o] -> [c, o], the sum over rows; XLA is fast with the narrower one first."""
     if x.shape[1] > g.shape[1]:
+        # the barrier: else XLA turns the operands round instead of the result
         return lax.optimization_barrier(_outer(g, x, precision)).T
     return lax.dot_general(x, g, (((0,), (0,)), ((), ())), precision)
 
