@@ -193,16 +193,24 @@ def encode(args) -> None:
 
 
 def _trained(args, phase: str | None = None, ema_length: float | None = None):
-    from latent_diffusion_jax import build, pipeline
-    from latent_diffusion_jax.config import stored_config
-    from latent_diffusion_jax.train.sharding import make_mesh
+    from latent_diffusion_jax import pipeline
 
     if (args.workdir is None) == (args.origin is None):
         raise UserError("give one of --workdir=DIR and --from=CHECKPOINT")
     if args.origin and ema_length is not None:
         raise UserError("--ema_length is of a --workdir that stored averages, not of --from")
     if args.origin:
-        return _from_checkpoint(args, phase)
+        trained, mesh = _from_checkpoint(args, phase)
+    else:
+        trained, mesh = _from_workdir(args, phase, ema_length)
+    return pipeline.in_compute_dtype(trained), mesh
+
+
+def _from_workdir(args, phase: str | None, ema_length: float | None):
+    from latent_diffusion_jax import build, pipeline
+    from latent_diffusion_jax.config import stored_config
+    from latent_diffusion_jax.train.sharding import make_mesh
+
     config = _config(args)
     here, there = (
         {name: section for name, section in each.to_dict().items() if name not in FREE}
@@ -214,12 +222,11 @@ def _trained(args, phase: str | None = None, ema_length: float | None = None):
     if phase and config.phase != phase:
         raise UserError(f"{args.workdir!r} holds phase {config.phase!r}; this takes {phase!r}")
     mesh = build.unpack("mesh", make_mesh, config.mesh)
-    trained = pipeline.load(args.workdir, mesh, ema_length)._replace(config=config)
-    return pipeline.in_compute_dtype(trained), mesh
+    return pipeline.load(args.workdir, mesh, ema_length)._replace(config=config), mesh
 
 
 def _from_checkpoint(args, phase: str | None):
-    from latent_diffusion_jax import build, pipeline
+    from latent_diffusion_jax import build
     from latent_diffusion_jax.convert.workdir import load_trained, open_source
     from latent_diffusion_jax.train.sharding import make_mesh
 
@@ -229,8 +236,7 @@ def _from_checkpoint(args, phase: str | None):
             f"{args.origin!r} is of phase {source.config.phase!r}; this takes {phase!r}"
         )
     mesh = build.unpack("mesh", make_mesh, source.config.mesh)
-    trained = load_trained(source, mesh, raw=args.weights == "raw")
-    return pipeline.in_compute_dtype(trained), mesh
+    return load_trained(source, mesh, raw=args.weights == "raw"), mesh
 
 
 def convert(args) -> None:

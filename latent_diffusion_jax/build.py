@@ -136,7 +136,6 @@ def in_compute_dtype(config: ConfigDict, params: Mapping[str, Any]) -> dict[str,
     cast. Results are the same; but on CPUs the few layers that compute in float32 all the same
     (`nn/products.py`) get rounded kernels. All else stays float32.
     """
-
     if dtype(config) == jnp.float32:
         return dict(params)
 

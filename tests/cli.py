@@ -65,9 +65,9 @@ def start(
     )
 
 
-def run(*arguments: str, devices: int = 1, code: int = 0) -> str:
+def run(*arguments: str, devices: int = 1, code: int = 0, **popen) -> str:
     """Runs a command to its end, which must have that exit code; returns what it said."""
-    process = start(*arguments, devices=devices)
+    process = start(*arguments, devices=devices, **popen)
     said = process.communicate()[0]
     assert process.returncode == code, said
     return said

@@ -1,7 +1,6 @@
 """A phase of training as pure functions, and the one way to make them from its gradients."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import repeat
 from typing import Any, NamedTuple
 
 import jax
@@ -197,7 +196,10 @@ def make_objective(
         # else XLA computes the optimiser's update again, from copies, for the averages
         params = jax.lax.optimization_barrier(params)
         averages = (state.ema, *state.averages)
-        moved = tuple(map(update_ema, averages, repeat(params), rates(state.step + 1)))
+        moved = tuple(
+            update_ema(average, params, rate)
+            for average, rate in zip(averages, rates(state.step + 1), strict=True)
+        )
         ema, *averages = keep_if_finite(finite, moved, averages)
         metrics["finite"] = finite.astype(jnp.float32)
         if lr_at is not None:

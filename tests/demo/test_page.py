@@ -21,7 +21,7 @@ from latent_diffusion_jax.demo.queue import Queue
 from latent_diffusion_jax.demo.settings import read_png
 from latent_diffusion_jax.train.sharding import make_mesh
 from tests import models
-from tests.cli import mistake, start
+from tests.cli import mistake, run
 from tests.demo.test_settings import png
 
 
@@ -133,9 +133,7 @@ def test_what_the_page_made_sample_makes_again(workdir, visit, tmp_path):
     options = [f"--workdir={workdir}", f"--like={paths[1]}", f"--out={tmp_path}/again"]
     flags = tmp_path / "flags"  # a file, to which none are added: as the page has them here
     flags.write_text("--xla_force_host_platform_device_count=1")
-    process = start("sample", *options, env={**os.environ, "XLA_FLAGS": str(flags)})
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
+    run("sample", *options, env={**os.environ, "XLA_FLAGS": str(flags)})
     first, there, again = (
         np.asarray(Image.open(path)) for path in (*paths, tmp_path / "again" / "saved1.png")
     )

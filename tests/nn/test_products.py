@@ -201,6 +201,7 @@ def test_accelerators_programs_are_linen_s_own(backend):
     with products.traced_for(backend):
         apply, params = unet(jnp.bfloat16)
         seen = list(products_of(jax.make_jaxpr(lambda p: apply(p))(params).jaxpr))
+        assert products.policy(jnp.float32) == products.Policy(jnp.float32)
     convolutions = [dtypes for name, dtypes in seen if name == "conv_general_dilated"]
     assert {str(d) for dtypes in convolutions for d in dtypes} == {"bfloat16"}
     assert products.policy(jnp.bfloat16).dtype == jnp.float32  # and back to this machine's
