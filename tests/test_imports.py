@@ -19,7 +19,7 @@ PARTS = {  # part -> what it may import beside itself and `errors`
     "conditioning": ["nn"],
     "data": [],
     "examples": ["conditioning", "data"],
-    "train": ["chips", "cluster"],
+    "train": ["chips", "cluster", "xla"],
     "nn": ["conditioning.cond"],
     "diffusion": ["conditioning.cond"],
     "first_stage": ["nn", "train.objective"],

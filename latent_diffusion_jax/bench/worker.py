@@ -6,7 +6,6 @@ that peers in other libraries can be workers too.
 """
 
 import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -15,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from latent_diffusion_jax.xla import give_back_memory
 
 TURN = 0.5  # seconds that calls are repeated for, in a turn
 FACTS = ("images", "flops", "parameters", "device", "best")
@@ -103,8 +104,7 @@ def memory(name: str) -> int | None:
 def _forget_peak() -> None:
     """Sets the peak to what is in use now, where the system can: compilers took more."""
     gc.collect()
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)  # gives back what they left
+    give_back_memory()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -31,10 +31,11 @@ class ResnetBlock(nn.Module):
         """[B, h, w, c] -> [B, h, w, features]."""
 
         def norm(name):
-            return group_norm(name, num_groups=self.num_groups, epsilon=1e-6, dtype=self.dtype)
+            groups = self.num_groups
+            return group_norm(name, num_groups=groups, epsilon=1e-6, dtype=self.dtype, silu=True)
 
-        h = conv(self.features, "conv1", dtype=self.dtype)(nn.silu(norm("norm1")(x)))
-        h = nn.silu(norm("norm2")(h))
+        h = conv(self.features, "conv1", dtype=self.dtype)(norm("norm1")(x))
+        h = norm("norm2")(h)
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = conv(self.features, "conv2", dtype=self.dtype)(h)
         if x.shape[-1] != self.features:
@@ -122,9 +123,9 @@ class _Coder(nn.Module):
         """The last norm and its activation."""
 
         def apply(self, x):
-            groups = self.num_groups
-            norm = group_norm("norm_out", num_groups=groups, epsilon=1e-6, dtype=self.dtype)
-            return nn.silu(norm(x))
+            groups, dtype = self.num_groups, self.dtype
+            norm = group_norm("norm_out", num_groups=groups, epsilon=1e-6, dtype=dtype, silu=True)
+            return norm(x)
 
         return rematerialise(apply, self.policy(level))(self, x)
 

@@ -58,7 +58,7 @@ def observed(
         found[place] = mean, variance + mean**2
         mean, square = found[place] if given is None else given[place]
         shared = mean, square - mean**2
-        x = normalise(x, *shared, weights["scale"], weights["bias"], norm.epsilon)
+        x = normalise(x, *shared, weights["scale"], weights["bias"], norm.epsilon, norm.silu)
         return x.astype(norm.dtype)
 
     with nn.intercept_methods(share):

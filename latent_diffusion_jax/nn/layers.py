@@ -69,9 +69,11 @@ def dense(
     )
 
 
-def group_norm(name: str, *, num_groups: int, epsilon: float, dtype: Any) -> GroupNorm:
-    """GroupNorm; epsilon is 1e-5 in the UNet, 1e-6 in the first stages."""
-    return GroupNorm(num_groups, epsilon, policy(dtype).dtype, name=name)
+def group_norm(
+    name: str, *, num_groups: int, epsilon: float, dtype: Any, silu: bool = False
+) -> GroupNorm:
+    """GroupNorm, with SiLU or not; epsilon is 1e-5 in the UNet, 1e-6 in the first stages."""
+    return GroupNorm(num_groups, epsilon, policy(dtype).dtype, silu, name=name)
 
 
 def layer_norm(name: str, *, dtype: Any) -> nn.LayerNorm:
@@ -140,10 +142,11 @@ class ResBlock(nn.Module):
     def __call__(self, x, embedding, train: bool = False):
         """x [B, h, w, c], embedding [B, d] -> [B, h', w', features]."""
 
-        def norm(name):
-            return group_norm(name, num_groups=self.num_groups, epsilon=1e-5, dtype=self.dtype)
+        def norm(name, silu=True):
+            groups = self.num_groups
+            return group_norm(name, num_groups=groups, epsilon=1e-5, dtype=self.dtype, silu=silu)
 
-        h = nn.silu(norm("in_layers.0")(x))
+        h = norm("in_layers.0")(x)
         if self.resample is not None:
             change = {"up": upsample_nearest, "down": average_pool}[self.resample]
             h, x = change(h), change(x)
@@ -153,9 +156,9 @@ class ResBlock(nn.Module):
         e = dense(width, "emb_layers.1", dtype=self.dtype)(nn.silu(embedding))[:, None, None, :]
         if self.scale_shift:
             scale, shift = jnp.split(e, 2, axis=-1)
-            h = nn.silu(norm("out_layers.0")(h) * (1 + scale) + shift)
+            h = nn.silu(norm("out_layers.0", silu=False)(h) * (1 + scale) + shift)
         else:
-            h = nn.silu(norm("out_layers.0")(h + e))
+            h = norm("out_layers.0")(h + e)
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = conv(self.features, "out_layers.3", dtype=self.dtype, kernel_init=zeros)(h)
         if x.shape[-1] != self.features:

@@ -128,8 +128,9 @@ class UNet(nn.Module):
                         x = Upsample(self.dtype, name=name)(x)
                 block += 1
 
-        norm = group_norm("out.0", num_groups=self.num_groups, epsilon=1e-5, dtype=self.dtype)
-        x = conv(self.out_channels, "out.2", dtype=self.dtype, kernel_init=zeros)(nn.silu(norm(x)))
+        groups = self.num_groups
+        x = group_norm("out.0", num_groups=groups, epsilon=1e-5, dtype=self.dtype, silu=True)(x)
+        x = conv(self.out_channels, "out.2", dtype=self.dtype, kernel_init=zeros)(x)
         return x.astype(jnp.float32)
 
     def _time_embedding(self, t, cond):

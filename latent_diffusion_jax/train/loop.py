@@ -31,6 +31,7 @@ from latent_diffusion_jax.train.sharding import (
 from latent_diffusion_jax.train.state import TrainState
 from latent_diffusion_jax.train.stop import Stopped, StopSignals
 from latent_diffusion_jax.train.trace import Trace
+from latent_diffusion_jax.xla import give_back_memory
 
 
 class Batches(Protocol):
@@ -311,6 +312,8 @@ def train(
         lowered = lower_step(objective.train_step, state, frozen, batch, key, mesh)
         flops = (lowered.cost_analysis() or {}).get("flops", 0.0)  # not every platform tells
         train_step = lowered.compile()
+        del lowered
+        give_back_memory()  # that the compiler needed
         everywhere(True)  # who compiles longest must not make the others' collectives time out
         images, chip = jax.tree.leaves(batch)[0].shape[0], chip_of(mesh.devices.flat[0])
         progress = Progress(steps, start)

@@ -78,17 +78,22 @@ def test_group_norm_survives_a_large_mean():
     np.testing.assert_allclose(out, exact.reshape(x.shape), atol=2e-3)
 
 
+@pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("shape", [(3, 5, 7, 12), (2, 9, 8)])
-def test_group_norm_and_its_gradients_are_linens(shape):
+def test_group_norm_and_its_gradients_are_linens(shape, silu):
     rng = np.random.default_rng(0)
     x, upstream = jnp.asarray(1 + 2 * rng.normal(size=(2, *shape)), jnp.float32)
     scale, bias = jnp.asarray(rng.normal(size=(2, shape[-1])), jnp.float32)
-    ours = group_norm("norm", num_groups=4, epsilon=1e-5, dtype=jnp.float32)
+    ours = group_norm("norm", num_groups=4, epsilon=1e-5, dtype=jnp.float32, silu=silu)
     theirs = linen.GroupNorm(4, epsilon=1e-5, use_fast_variance=False)
+    if silu:
+        theirs = linen.Sequential([theirs, linen.silu])
 
     def pulled_back(norm):
         def apply(x, scale, bias):
-            return norm.apply({"params": {"scale": scale, "bias": bias}}, x)
+            params = {"scale": scale, "bias": bias}
+            nested = isinstance(norm, linen.Sequential)
+            return norm.apply({"params": {"layers_0": params} if nested else params}, x)
 
         y, back = jax.vjp(apply, x, scale, bias)
         return y, back(upstream)
@@ -99,10 +104,11 @@ def test_group_norm_and_its_gradients_are_linens(shape):
     )
 
 
-def test_group_norm_keeps_its_input_alone_for_the_backward_pass():
+@pytest.mark.parametrize("silu", [False, True])
+def test_group_norm_keeps_its_input_alone_for_the_backward_pass(silu):
     x = jnp.ones((2, 16, 16, 8))
     params = {"params": {"scale": jnp.ones(8), "bias": jnp.zeros(8)}}
-    norm = group_norm("norm", num_groups=4, epsilon=1e-5, dtype=jnp.float32)
+    norm = group_norm("norm", num_groups=4, epsilon=1e-5, dtype=jnp.float32, silu=silu)
     back = jax.vjp(lambda x: norm.apply(params, x), x)[1]
     kept = jax.tree.leaves(back)
     assert [leaf.shape for leaf in kept if leaf.size > 64] == [x.shape]

@@ -31,11 +31,16 @@ def autoencoder(remat):
     return lambda params: stage.decode(params, stage.mode(stage.encode(params, Z))), shapes
 
 
-def kept(network, remat, **options):
-    """Bytes that the backward pass finds, and the shapes of the parameters."""
+def arrays_kept(network, remat, **options):
+    """What the backward pass finds, and the shapes of the parameters."""
     function, shapes = network(remat, **options)
-    residuals = jax.eval_shape(lambda p: jax.vjp(function, p)[1], shapes)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(residuals)), shapes
+    return jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(function, p)[1], shapes)), shapes
+
+
+def kept(network, remat):
+    """Bytes that the backward pass finds, and the shapes of the parameters."""
+    arrays, shapes = arrays_kept(network, remat)
+    return sum(x.size * x.dtype.itemsize for x in arrays), shapes
 
 
 @pytest.mark.parametrize("network", [unet, autoencoder])
@@ -50,9 +55,11 @@ def test_less_is_kept_resolution_by_resolution(network):
 
 
 def test_changing_up_inside_a_block_counts_as_the_finer():
-    changes = dict(resblock_updown=True, attention_resolutions=())
-    fine, coarse = (kept(unet, remat, **changes)[0] for remat in ("1:full", "2:full"))
-    assert fine < coarse  # the other way round if it counted as the coarser
+    changes = dict(resblock_updown=True, attention_resolutions=(), channel_mult=(1, 3))
+    fine, coarse = (arrays_kept(unet, remat, **changes)[0] for remat in ("1:full", "2:full"))
+    inside = (1, 16, 16, 24)  # the coarser level's channels at the finer resolution
+    assert inside not in [x.shape for x in fine]
+    assert inside in [x.shape for x in coarse]
 
 
 def test_policies_by_resolution():
