@@ -136,8 +136,13 @@ class _Turn(NamedTuple):
     peak: int
 
     def summed(self, mesh: AnyMesh) -> int:
-        """Bytes while gradients are summed over devices: the sums are made beside their terms."""
-        return (2 if mesh.size > 1 else 1) * sum(map(_bytes, jax.tree.leaves(self.gradients)))
+        """Bytes while gradients are summed over devices, an array at a time: all terms, the shares
+        that are kept of the sums, and one sum that is not cut yet.
+        """
+        terms = [_bytes(x) for x in jax.tree.leaves(self.gradients)]
+        if mesh.size == 1:
+            return sum(terms)
+        return sum(terms) + bytes_per_device(self.gradients, mesh) + max(terms)
 
 
 def _turns(config: ConfigDict, step: Step) -> Iterator[_Turn]:

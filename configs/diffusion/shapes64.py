@@ -50,10 +50,12 @@ def get_config(arg=""):
                 **tasks.TASKS["text"],
                 **TOKENS,
                 **steps(20_000),
+                "data.source.size": 90_000,
                 "data.source.shapes": (1, 2),
                 "data.source.held_out": 0.2,
                 # which is where is decided in noise in which eps hardly asks for it
                 "diffusion.prediction": "v",
+                "sample.scale": 2.5,
             },
             "layout": {
                 **tasks.TASKS["layout"],
