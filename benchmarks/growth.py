@@ -26,7 +26,7 @@ VALUES = {
     "devices": (2, 4, 8),
     "fsdp": (2, 4, 8),
     "width": (32, 128, 256),
-    "size": (32, 64, 128),
+    "size": (32, 64, 128, 256),
     "steps": (10, 25, 50, 100),
 }
 TRAINING = ("batch", "devices", "fsdp", "width")  # by default

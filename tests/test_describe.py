@@ -3,12 +3,14 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
 from latent_diffusion_jax import build
 from latent_diffusion_jax.config import load_config
-from latent_diffusion_jax.describe import arrays, count, describe, table
+from latent_diffusion_jax.describe import arrays, count, describe, flops, table
+from latent_diffusion_jax.nn.attend import choose_form, dot_product_attention
 from latent_diffusion_jax.train.sharding import bytes_per_device, make_mesh
 
 DIFFUSION, FIRST_STAGE = "configs/diffusion/shapes.py", "configs/first_stage/shapes.py"
@@ -121,6 +123,21 @@ def test_a_step_costs_three_forward_passes(tiny):
     _, facts = tiny
     forward = 8 * facts["flops_forward_per_image"]["unet"]
     assert 2.7 < facts["flops_per_step"] / forward < 3.5
+
+
+def test_attention_that_takes_turns_is_counted_whole(monkeypatch):
+    """Twice the positions, four times the FLOPs: also where a loop runs over queries or heads."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+    def of(n, form):
+        assert choose_form("cpu", jnp.float32, 8, n, n, 40) == form
+        x = jax.ShapeDtypeStruct((1, n, 8, 40), jnp.float32)
+        return flops(dot_product_attention, x, x, x)
+
+    few = of(256, "heads_first")
+    assert few >= 2 * 2 * 8 * 40 * 256**2  # scores and sums of values, 2 per multiply-add
+    assert of(4096, "head_by_head") / few == pytest.approx(16**2, rel=0.01)
+    assert of(32768, "chunked") / few == pytest.approx(128**2, rel=0.01)
 
 
 def test_accumulation_costs_the_same(tiny):

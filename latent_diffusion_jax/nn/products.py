@@ -58,6 +58,7 @@ def backend() -> str:
 def traced_for(other: str) -> Iterator[None]:
     """Networks traced inside are those of another backend, "cpu", "gpu" or "tpu".
 
+    Those of "none" have no form but the plain one, to be counted and not run.
     A function that was traced before must be jitted anew: jit does not see the difference.
     """
     token = _assumed.set(other)
